@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunkwise Mesa layer in plain torch: forward, implicit gradients, and their registration as torch operators.
+
+A sequence is cut into chunks of C tokens. States exist only at chunk boundaries (memory grows with T/C states, not T);
+inside a chunk, products with `H_t` and `G_t` are two dense products and a masked one for all tokens at once:
+
+    H_t p = zeta_t0 H_c p + sum_{s <= t} W_ts (k_s . p) k_s,    W_ts = zeta_ts beta_s
+
+where `H_c` is the state before the chunk and `zeta_ts` the product of the gammas after s up to t. The forward and the
+backward pass are opaque operators, so that the data-dependent number of solver steps and the precision settings
+survive `torch.compile`, and the graph of a model holds one node a layer.
+
+Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, M chunks of all sequences.
+"""
+
+import torch
+
+from .mesa_solver import conjugate_gradient, full_precision
+
+
+class ChunkLayout:
+    """Where each token lies among the chunks, for equal-length rows (`cu_seqlens` None) and for packed sequences.
+
+    Every sequence starts a chunk of its own and is padded to whole chunks with identity updates (`beta = 0`,
+    `log_gamma = 0`), so that no chunk needs to know about boundaries.
+    """
+
+    def __init__(self, batch: int, length: int, chunk_size: int, cu_seqlens: torch.Tensor | None, device: torch.device):
+        self.batch, self.length, self.chunk_size = batch, length, chunk_size
+        if cu_seqlens is None:
+            chunks = -(-length // chunk_size)
+            counts = [chunks] * batch
+            self.gather = None
+        else:
+            bounds = cu_seqlens.tolist()
+            lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+            counts = [-(-n // chunk_size) for n in lengths]
+            # Row `length` of the source is a zero row: the pad.
+            gather = torch.full((sum(counts) * chunk_size,), length, dtype=torch.long)
+            row = 0
+            for start, n, count in zip(bounds[:-1], lengths, counts, strict=True):
+                gather[row : row + n] = torch.arange(start, start + n)
+                row += count * chunk_size
+            self.scatter = torch.argsort(gather, stable=True)[:length].to(device)
+            self.gather = gather.to(device)
+        self.num_chunks = sum(counts)
+        offsets = [sum(counts[:s]) for s in range(len(counts))]
+        # Longest sequences first: at scan step j the sequences that still have a chunk are a prefix.
+        self.order = sorted(range(len(counts)), key=lambda s: -counts[s])
+        self.scan_rows = [
+            torch.tensor([offsets[s] + j for s in self.order if counts[s] > j], device=device)
+            for j in range(max(counts, default=0))
+        ]
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, H, D]` to chunks `[M, H, C, D]`, contiguous."""
+        heads, dim = x.shape[2:]
+        if self.gather is None:
+            pad = self.num_chunks // self.batch * self.chunk_size - self.length
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
+        else:
+            x = torch.cat([x[0], x.new_zeros(1, heads, dim)]).index_select(0, self.gather)
+        return x.reshape(self.num_chunks, self.chunk_size, heads, dim).transpose(1, 2).contiguous()
+
+    def join(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Chunks `[M, H, C, D]` back to `[B, T, H, D]`."""
+        heads, dim = chunks.shape[1], chunks.shape[-1]
+        x = chunks.transpose(1, 2)
+        if self.gather is None:
+            return x.reshape(self.batch, -1, heads, dim)[:, : self.length].contiguous()
+        return x.reshape(-1, heads, dim).index_select(0, self.scatter).unsqueeze(0)
+
+    def scan(self, updates: torch.Tensor, decay: torch.Tensor, initial: torch.Tensor, reverse: bool = False):
+        """Run `state <- decay_m * state + updates_m` over the chunks of every sequence.
+
+        Args:
+            updates: `[M, H, K, D]`; overwritten with the state each chunk receives.
+            decay: `[M, H]`, the product of gammas of each chunk.
+            initial: `[S, H, K, D]`, not changed.
+            reverse: from the last chunk to the first (the adjoint recurrence).
+
+        Returns:
+            The states before each chunk (`updates`, overwritten) and the final states `[S, H, K, D]`.
+        """
+        order = torch.tensor(self.order, device=updates.device)
+        state = initial[order]
+        for rows in reversed(self.scan_rows) if reverse else self.scan_rows:
+            active = len(rows)
+            update = updates[rows]
+            updates[rows] = state[:active]
+            state[:active] = decay[rows][..., None, None] * state[:active] + update
+        final = torch.empty_like(state)
+        final[order] = state
+        return updates, final
+
+
+class ChunkFactors:
+    """The decay factors of every chunk, from the log forget gates.
+
+    Attributes:
+        zeta: `[M, H, C, C]`, `zeta_ts` for s <= t, else 0.
+        from_start: `[M, H, C, 1]`, decay from the state before the chunk to each token.
+        to_end: `[M, H, C, 1]`, decay from each token to the end of the chunk.
+        whole: `[M, H]`, decay across the chunk.
+    """
+
+    def __init__(self, log_gamma: torch.Tensor):
+        size = log_gamma.shape[2]
+        g = log_gamma.squeeze(-1)
+        # Sums of log gates over every span (s, t], accumulated span by span: differences of one running sum would
+        # cancel under strong forgetting and be NaN for a gate of exactly 0.
+        later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
+        spans = torch.where(later, g.unsqueeze(-1), 0).cumsum(-2)
+        self.zeta = spans.exp().tril()
+        running = g.cumsum(-1).exp().unsqueeze(-1)
+        self.from_start = running
+        self.to_end = self.zeta[..., -1, :].unsqueeze(-1)
+        self.whole = running[..., -1, 0]
+
+
+def chunk_states(layout, factors, k, v, beta, initial_h, initial_g):
+    """States before each chunk, `H` `[M, H, K, K]` and `G` `[M, H, K, V]`, and the final states."""
+    weighted_key = (k * (beta * factors.to_end)).transpose(-1, -2)
+    h, final_h = layout.scan(torch.matmul(weighted_key, k), factors.whole, initial_h)
+    g, final_g = layout.scan(torch.matmul(weighted_key, v), factors.whole, initial_g)
+    return h, g, final_h, final_g
+
+
+def chunk_solve(b, k, h, lam, factors, weights, max_steps, tolerance):
+    """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[M, H, C, K]`."""
+    key_transposed = k.transpose(-1, -2)
+    lam = lam[:, None, :]
+
+    def matvec(p: torch.Tensor) -> torch.Tensor:
+        inside = torch.matmul(torch.matmul(p, key_transposed).mul_(weights), k)
+        return inside.addcmul_(torch.matmul(p, h), factors.from_start).addcmul_(p, lam)
+
+    return conjugate_gradient(matvec, b, max_steps=max_steps, tolerance=tolerance)
+
+
+def initial_states(initial_h, initial_g, sequences, k, v):
+    heads, key_dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
+    if initial_h is None:
+        initial_h = k.new_zeros(sequences, heads, key_dim, key_dim)
+        initial_g = k.new_zeros(sequences, heads, key_dim, value_dim)
+    return initial_h, initial_g
+
+
+def num_sequences(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.custom_op("modeling_mesanet::chunkwise", mutates_args=())
+def chunkwise(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_steps: int,
+    tolerance: float | None,
+    backward_max_steps: int,
+    backward_tolerance: float | None,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward pass; all floating tensors share one dtype, float32 or float64.
+
+    Returns:
+        o `[B, T, H, V]`, final states `[S, H, K, K]` and `[S, H, K, V]`, the solutions x `[B, T, H, K]`, and per token
+        the solver's steps (int32) and relative residual, `[B, T, H]`.
+    """
+    with full_precision(q.device):
+        layout = ChunkLayout(*q.shape[:2], chunk_size, cu_seqlens, q.device)
+        initial_h, initial_g = initial_states(initial_h, initial_g, num_sequences(k, cu_seqlens), k, v)
+        qc, kc, vc = layout.split(q), layout.split(k), layout.split(v)
+        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)))
+        h, g, final_h, final_g = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
+        weights = factors.zeta * beta_c.transpose(-1, -2)
+        if max_steps == 0:
+            x = qc.clone()  # an operator's output must not alias its input
+            steps = torch.zeros(qc.shape[:-1], dtype=torch.int32, device=q.device)
+            residual = torch.zeros_like(qc[..., 0])
+        else:
+            x, steps, residual = chunk_solve(qc, kc, h, lam, factors, weights, max_steps, tolerance)
+        o = torch.matmul(torch.matmul(x, kc.transpose(-1, -2)) * weights, vc).addcmul_(torch.matmul(x, g), factors.from_start)
+        steps, residual = (layout.join(stat.unsqueeze(-1)).squeeze(-1) for stat in (steps, residual))
+        return layout.join(o), final_h, final_g, layout.join(x), steps, residual
+
+
+@chunkwise.register_fake
+def _(q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
+    sequences, (heads, key_dim), value_dim = num_sequences(k, cu_seqlens), q.shape[2:], v.shape[3]
+    return (
+        torch.empty_like(v),
+        q.new_empty(sequences, heads, key_dim, key_dim),
+        q.new_empty(sequences, heads, key_dim, value_dim),
+        torch.empty_like(q),
+        q.new_empty(q.shape[:3], dtype=torch.int32),
+        q.new_empty(q.shape[:3]),
+    )
+
+
+@torch.library.custom_op("modeling_mesanet::chunkwise_backward", mutates_args=())
+def chunkwise_backward(
+    grad_o: torch.Tensor | None,
+    grad_final_h: torch.Tensor | None,
+    grad_final_g: torch.Tensor | None,
+    x: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_steps: int,
+    tolerance: float | None,
+    chunk_size: int,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    r"""Implicit gradients: exact at the solution of the linear system, whatever path the solver took to it.
+
+    With `e_t = dL/do_t` and the second solve `y_t = (H_t + Lambda)^{-1} G_t e_t`, the adjoints of the states are
+    `dG_s = sum_{t >= s} zeta_ts x_t e_t^T` and `dH_s = -sum_{t >= s} zeta_ts y_t x_t^T` (plus the decayed gradient of the
+    final states); everything below is an inner product with them, evaluated chunkwise.
+
+    Returns:
+        Gradients of q, k, v, log_gamma, beta, lam and of the two initial states.
+    """
+    with full_precision(k.device):
+        layout = ChunkLayout(*k.shape[:2], chunk_size, cu_seqlens, k.device)
+        initial_h, initial_g = initial_states(initial_h, initial_g, num_sequences(k, cu_seqlens), k, v)
+        grad_final_h = torch.zeros_like(initial_h) if grad_final_h is None else grad_final_h
+        grad_final_g = torch.zeros_like(initial_g) if grad_final_g is None else grad_final_g
+        grad_o = torch.zeros_like(v) if grad_o is None else grad_o
+        xc, kc, vc, e = layout.split(x), layout.split(k), layout.split(v), layout.split(grad_o)
+        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)))
+        zeta, from_start, to_end = factors.zeta, factors.from_start, factors.to_end
+        h, g, _, _ = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
+        weights = zeta * beta_c.transpose(-1, -2)
+        key_transposed, value_transposed = kc.transpose(-1, -2), vc.transpose(-1, -2)
+
+        ev = torch.matmul(e, value_transposed)
+        y = torch.matmul(ev * weights, kc).addcmul_(torch.matmul(e, g.transpose(-1, -2)), from_start)
+        xk = torch.matmul(xc, key_transposed)
+        solved = max_steps > 0
+        if solved:
+            y, _, _ = chunk_solve(y, kc, h, lam, factors, weights, max_steps, tolerance)
+            yk = torch.matmul(y, key_transposed)
+            decayed_y = (y * from_start).transpose(-1, -2)
+            adjoint_h, grad_initial_h = layout.scan(torch.matmul(decayed_y, xc).neg_(), factors.whole, grad_final_h, reverse=True)
+            grad_lam = -(xc * y).sum((0, 2))
+        else:  # x = q does not depend on H or Lambda, and y is the gradient of q itself
+            yk = None
+            adjoint_h, grad_initial_h = layout.scan(torch.zeros_like(h), factors.whole, grad_final_h, reverse=True)
+            grad_lam = torch.zeros_like(lam)
+        decayed_x = (xc * from_start).transpose(-1, -2)
+        adjoint_g, grad_initial_g = layout.scan(torch.matmul(decayed_x, e), factors.whole, grad_final_g, reverse=True)
+
+        # dG_s v_s and (dH_s + dH_s^T) k_s, without beta
+        ev_zeta, xk_zeta = (ev * zeta).transpose(-1, -2), (xk * zeta).transpose(-1, -2)
+        adjoint_g_v = torch.matmul(ev_zeta, xc).addcmul_(torch.matmul(vc, adjoint_g.transpose(-1, -2)), to_end)
+        adjoint_h_k = torch.matmul(kc, adjoint_h + adjoint_h.transpose(-1, -2)) * to_end
+        # (x_t . k_s) (e_t . v_s) - (x_t . k_s) (y_t . k_s), the common factor of the gate gradients
+        gate = ev * xk
+        if solved:
+            adjoint_h_k -= torch.matmul(xk_zeta, y) + torch.matmul((yk * zeta).transpose(-1, -2), xc)
+            gate -= xk * yk
+        grad_k = adjoint_g_v + adjoint_h_k
+        grad_v = torch.matmul(xk_zeta, e).addcmul_(torch.matmul(kc, adjoint_g), to_end)
+        grad_beta = (kc * (adjoint_g_v + 0.5 * adjoint_h_k)).sum(-1, keepdim=True)
+
+        # d log gamma_s = <dG_s, gamma_s G_{s-1}> + <dH_s, gamma_s H_{s-1}>, split by where the state and the output
+        # come from: before the chunk or inside it, after the chunk or inside it. All terms are plain inner products:
+        # the shorter running-sum identity cancels and loses a digit and more.
+        crossing = (adjoint_g * g).sum((-1, -2)) + (adjoint_h * h).sum((-1, -2))
+        into_later = (to_end * beta_c) * (
+            (kc * torch.matmul(vc, adjoint_g.transpose(-1, -2))).sum(-1, keepdim=True)
+            + (kc * torch.matmul(kc, adjoint_h)).sum(-1, keepdim=True)
+        )
+        from_earlier = (xc * torch.matmul(e, g.transpose(-1, -2))).sum(-1, keepdim=True)
+        if solved:
+            from_earlier -= (y * torch.matmul(xc, h)).sum(-1, keepdim=True)
+        from_earlier = from_earlier * from_start
+        inside = (gate * weights).cumsum(-1) - gate * weights  # exclusive over the source tokens
+        grad_log_gamma = (
+            (factors.whole * crossing)[..., None, None]
+            + (into_later.cumsum(-2) - into_later)
+            + from_earlier.flip(-2).cumsum(-2).flip(-2)
+            + inside.tril().sum(-2).unsqueeze(-1)
+        )
+
+        grad_k = layout.join(grad_k * beta_c)
+        grad_v = layout.join(grad_v * beta_c)
+        grad_log_gamma, grad_beta = layout.join(grad_log_gamma).squeeze(-1), layout.join(grad_beta).squeeze(-1)
+        return layout.join(y), grad_k, grad_v, grad_log_gamma, grad_beta, grad_lam, grad_initial_h, grad_initial_g
+
+
+@chunkwise_backward.register_fake
+def _(grad_o, grad_final_h, grad_final_g, x, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
+    sequences, (heads, key_dim), value_dim = num_sequences(k, cu_seqlens), k.shape[2:], v.shape[3]
+    states = k.new_empty(sequences, heads, key_dim, key_dim), k.new_empty(sequences, heads, key_dim, value_dim)
+    return (*(torch.empty_like(t) for t in (x, k, v, log_gamma, beta, lam)), *states)
+
+
+def _setup_context(ctx, inputs, output):
+    (_, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, max_steps, _, *backward_options) = inputs
+    x = output[3]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(x, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens)
+    ctx.backward_max_steps, ctx.backward_tolerance, ctx.chunk_size = backward_options
+    ctx.solved = max_steps > 0
+
+
+def _backward(ctx, grad_o, grad_final_h, grad_final_g, *_):
+    max_steps = ctx.backward_max_steps if ctx.solved else 0
+    grads = torch.ops.modeling_mesanet.chunkwise_backward(
+        *(None if grad is None else grad.contiguous() for grad in (grad_o, grad_final_h, grad_final_g)),
+        *ctx.saved_tensors,
+        max_steps,
+        ctx.backward_tolerance,
+        ctx.chunk_size,
+    )
+    has_initial_state = ctx.saved_tensors[6] is not None
+    return (*grads[:6], *(grads[6:] if has_initial_state else (None, None)), *[None] * 6)
+
+
+chunkwise.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public Mesa operators: validation, precision, and the choice of the backend, in one place.
+
+Dimensions: B batch, S sequences (S = B unless packed), T tokens, H heads, K key size, V value size, C chunk size.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .mesa_chunkwise import chunkwise
+from .mesa_decode import decode_step, decode_step_op
+from .mesa_solver import l2_normalize
+
+
+class SolverStats(NamedTuple):
+    """What the solver did for each token and head: `steps` int32 and relative `residual`, both `[B, T, H]`."""
+
+    steps: torch.Tensor
+    residual: torch.Tensor
+
+
+class MesaState(NamedTuple):
+    """The state of S sequences after their last token: `h` `[S, H, K, K]`, `g` `[S, H, K, V]`, float32 (or float64)."""
+
+    h: torch.Tensor
+    g: torch.Tensor
+
+
+class MesaOutput(NamedTuple):
+    """`o` `[B, T, H, V]` in the dtype of `v`; `final_state` and `stats` where they were asked for, else None."""
+
+    o: torch.Tensor
+    final_state: MesaState | None
+    stats: SolverStats | None
+
+
+def select_backend(device: torch.device | str) -> tuple[str, str]:
+    """The backend that runs the operators on `device`, and why, as `(name, reason)`."""
+    kind = torch.device(device).type
+    return "torch", f"the torch path runs on every device ({kind} included); it is the only backend of this version"
+
+
+def mesa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    *,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    max_steps: int = 30,
+    tolerance: float | None = None,
+    backward_max_steps: int | None = None,
+    backward_tolerance: float | None = None,
+    chunk_size: int = 64,
+    normalize_qk: bool = True,
+    output_stats: bool = False,
+) -> MesaOutput:
+    r"""The Mesa layer over whole sequences, chunkwise.
+
+    .. math::
+        H_t = \gamma_t H_{t-1} + \beta_t k_t k_t^T, \quad G_t = \gamma_t G_{t-1} + \beta_t k_t v_t^T, \quad
+        o_t = G_t^T (H_t + \Lambda)^{-1} q_t
+
+    (equations 7 to 9 of arXiv 2506.05233), the linear system solved by conjugate gradient. Differentiable in every
+    floating tensor, with implicit gradients (exact where the solver converged).
+
+    Args:
+        q: queries `[B, T, H, K]`, any floating dtype.
+        k: keys `[B, T, H, K]`.
+        v: values `[B, T, H, V]`; V may differ from K.
+        log_gamma: log of the forget strength `[B, T, H]`, at most 0 (0 keeps the state, -inf resets it).
+        beta: input strength `[B, T, H]`, in [0, 1]. A token with `beta = 0` and `log_gamma = 0` leaves the states alone.
+        lam: diagonal regulariser `[H, K]`, positive.
+        initial_state: `(H_0, G_0)`, `[S, H, K, K]` symmetric and `[S, H, K, V]`; None is zero.
+        output_final_state: also return the states after the last token.
+        cu_seqlens: int32 or int64 `[S + 1]`, from 0 to T, not decreasing: B is 1 and T holds S packed sequences.
+        max_steps: conjugate-gradient steps, >= 0; 0 leaves the solver out (`x = q`, gated linear attention).
+        tolerance: stop a token at `||r|| <= tolerance * ||q||`, in (0, 1); None runs `max_steps` steps.
+        backward_max_steps, backward_tolerance: the same for the second solve of the backward pass; None takes the
+            forward's.
+        chunk_size: C, tokens a chunk, >= 1.
+        normalize_qk: L2-normalise q and k over K first (in float32).
+        output_stats: also return each token's steps and residual.
+
+    Returns:
+        `MesaOutput`. Computation, states and statistics are in float32, or float64 when `q` is float64.
+
+    Raises:
+        ValueError: a shape, an option or `cu_seqlens` is out of range; the message names it.
+    """
+    _check_shapes(q, k, v, log_gamma, beta, lam)
+    max_steps, tolerance = check_solver(max_steps, tolerance)
+    backward_max_steps, backward_tolerance = check_solver(
+        max_steps if backward_max_steps is None else backward_max_steps,
+        tolerance if backward_tolerance is None else backward_tolerance,
+        prefix="backward_",
+    )
+    if max_steps > 0 and backward_max_steps == 0:
+        raise ValueError("backward_max_steps is 0 while max_steps is not; give it at least 1.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    sequences = q.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, *q.shape[:2])
+    initial_h, initial_g = _check_state(initial_state, sequences, q.shape[2], q.shape[3], v.shape[3])
+
+    out_dtype, dtype = v.dtype, _compute_dtype(q)
+    q, k, v, log_gamma, beta, lam = (tensor.to(dtype) for tensor in (q, k, v, log_gamma, beta, lam))
+    if normalize_qk:
+        q, k = l2_normalize(q), l2_normalize(k)
+    if initial_h is not None:
+        initial_h, initial_g = initial_h.to(dtype), initial_g.to(dtype)
+    o, final_h, final_g, _, steps, residual = chunkwise(
+        q,
+        k,
+        v,
+        log_gamma,
+        beta,
+        lam,
+        initial_h,
+        initial_g,
+        cu_seqlens,
+        max_steps,
+        tolerance,
+        backward_max_steps,
+        backward_tolerance,
+        chunk_size,
+    )
+    return MesaOutput(
+        o.to(out_dtype),
+        MesaState(final_h, final_g) if output_final_state else None,
+        SolverStats(steps, residual) if output_stats else None,
+    )
+
+
+def mesa_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor],
+    *,
+    max_steps: int = 30,
+    tolerance: float | None = None,
+    normalize_qk: bool = True,
+    output_stats: bool = False,
+) -> MesaOutput:
+    """One token of `mesa_attention`, without gradients: T is 1 and `state` is updated in place.
+
+    Args:
+        q, k, v, log_gamma, beta, lam, max_steps, tolerance, normalize_qk, output_stats: as in `mesa_attention`, T = 1.
+        state: `(H, G)`, `[B, H, K, K]` and `[B, H, K, V]`, float32 (float64 when `q` is); overwritten with the new
+            state.
+
+    Returns:
+        `MesaOutput` with `final_state` the given tensors.
+
+    Raises:
+        ValueError: a shape, dtype or option is out of range; the state is then untouched.
+    """
+    _check_shapes(q, k, v, log_gamma, beta, lam)
+    max_steps, tolerance = check_solver(max_steps, tolerance)
+    if q.shape[1] != 1:
+        raise ValueError(f"q has {q.shape[1]} tokens; mesa_step takes one. Use mesa_attention for more.")
+    h, g = _check_state(state, q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    out_dtype, dtype = v.dtype, _compute_dtype(q)
+    if h.dtype != dtype or g.dtype != dtype:
+        raise ValueError(f"state is {h.dtype} and {g.dtype}; it must be {dtype}, the precision of the computation.")
+    q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype) for tensor in (q, k, v, log_gamma, beta))
+    if normalize_qk:
+        q, k = l2_normalize(q), l2_normalize(k)
+    step = decode_step_op if torch.compiler.is_compiling() else decode_step
+    o, steps, residual = step(q, k, v, log_gamma, beta, lam.to(dtype), h, g, max_steps, tolerance)
+    stats = SolverStats(steps.unsqueeze(1), residual.unsqueeze(1)) if output_stats else None
+    return MesaOutput(o.unsqueeze(1).to(out_dtype), MesaState(h, g), stats)
+
+
+def check_solver(max_steps: int, tolerance: float | None, prefix: str = "") -> tuple[int, float | None]:
+    """Validate the solver's limits; returns them as `(int, float or None)`.
+
+    Raises:
+        ValueError: `max_steps` is negative or no whole number, or `tolerance` is not in (0, 1).
+    """
+    if isinstance(max_steps, bool) or int(max_steps) != max_steps or max_steps < 0:
+        raise ValueError(f"{prefix}max_steps is {max_steps}; it must be a whole number of at least 0 (0: no solver).")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"{prefix}tolerance is {tolerance}; it must lie between 0 and 1, or be None for fixed steps.")
+    return int(max_steps), None if tolerance is None else float(tolerance)
+
+
+def _compute_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_shapes(q, k, v, log_gamma, beta, lam) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [batch, time, heads, key size].")
+    expected = {
+        "k": (k, q.shape),
+        "v": (v, (*q.shape[:3], v.shape[-1])),
+        "log_gamma": (log_gamma, q.shape[:3]),
+        "beta": (beta, q.shape[:3]),
+        "lam": (lam, q.shape[2:]),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != torch.Size(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; with q of shape {tuple(q.shape)} it must be {tuple(shape)}."
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device.")
+
+
+def _check_state(state, sequences, heads, key_dim, value_dim) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if state is None:
+        return None, None
+    h, g = state
+    for name, tensor, shape in (
+        ("H", h, (sequences, heads, key_dim, key_dim)),
+        ("G", g, (sequences, heads, key_dim, value_dim)),
+    ):
+        if tensor.shape != torch.Size(shape):
+            raise ValueError(f"the state {name} has shape {tuple(tensor.shape)}; it must be {shape}.")
+    return h, g
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int) -> int:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be a vector of at "
+            "least two whole numbers."
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens was given with a batch of {batch}; pack the sequences into a batch of 1.")
+    # Reading the values waits for the device and cannot be traced; a graph trusts its caller.
+    if not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in zip(bounds[:-1], bounds[1:], strict=True)):
+            raise ValueError(
+                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must rise from 0 to the number of tokens, {length}."
+            )
+    return cu_seqlens.shape[0] - 1

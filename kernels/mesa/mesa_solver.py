@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conjugate gradient for many small symmetric positive definite systems at once, shared by every torch path.
+
+Every path (chunkwise, one-token step, the adjoint solve of the backward pass) starts at zero, stops a row at
+`||r|| <= tolerance * ||b||` and freezes it there, so that the same token gets the same answer however it is batched.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Relative residual below which a row cannot improve any more in that precision: it is frozen even when a fixed number of
+# steps was asked for, because further steps would only divide rounding noise by rounding noise.
+RESIDUAL_FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15}
+
+# Added under the square root when q and k are normalised, so that an all-zero row (a pad) stays zero and finite.
+L2_NORM_EPS = 1e-6
+
+# Rows are only inspected for early exit every so many steps where the check costs a device synchronisation.
+DEVICE_CHECK_INTERVAL = 4
+
+
+def l2_normalize(x: torch.Tensor) -> torch.Tensor:
+    """`x / sqrt(||x||^2 + L2_NORM_EPS)` over the last dimension, in the dtype of `x`."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run products in the dtype of their operands: no autocast, no TF32.
+
+    TF32 and 16-bit products lose the positive definiteness of `H + Lambda` on nearly constant keys, so the caller's
+    speed settings must not reach the solver.
+    """
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if tf32:
+            torch.backends.cuda.matmul.fp32_precision = tf32
+
+
+def conjugate_gradient(
+    matvec: Callable[[torch.Tensor], torch.Tensor],
+    b: torch.Tensor,
+    *,
+    max_steps: int,
+    tolerance: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve `A x = b` row by row, with `A` symmetric positive definite and given by its product.
+
+    Args:
+        matvec: maps rows `[..., R, K]` to `A` times each row, same shape; must not change its argument.
+        b: right-hand sides `[..., R, K]`, float32 or float64.
+        max_steps: largest number of steps, >= 1.
+        tolerance: a row stops at `||r|| <= tolerance * ||b||`; None runs `max_steps` steps (or to the residual floor of
+            the dtype, `RESIDUAL_FLOOR`).
+
+    Returns:
+        `x` `[..., R, K]`; the steps each row took, int32 `[..., R]`; the relative residual `||r|| / ||b||` of each row
+        by the recurrence, `[..., R]` (0 for a zero right-hand side).
+
+    A row whose curvature `p^T A p` is not positive (breakdown) is frozen at its last good iterate. Rows are solved in
+    units of their own norm, so neither large nor tiny right-hand sides over- or underflow.
+    """
+    floor = RESIDUAL_FLOOR[b.dtype]
+    threshold = max(tolerance or 0.0, floor) ** 2
+    tiny = torch.finfo(b.dtype).tiny
+    # Two-stage norm: the largest entry first, so that squares cannot overflow. NaN passes through to the solution.
+    peak = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    r = b / peak
+    norm = r.square().sum(-1, keepdim=True).sqrt().clamp_min(tiny)
+    r = r / norm
+    p = r.clone()
+    x = torch.zeros_like(r)
+    rr = r.square().sum(-1, keepdim=True)
+    active = rr > threshold
+    steps = torch.zeros_like(active, dtype=torch.int32)
+    check_interval = 1 if b.device.type == "cpu" else DEVICE_CHECK_INTERVAL
+    for step in range(max_steps):
+        if step % check_interval == 0 and not any_active(b.device, active):
+            break
+        a = matvec(p)
+        curvature = (p * a).sum(-1, keepdim=True)
+        active = active & (curvature > 0)
+        alpha = torch.where(active, rr / curvature, 0)
+        x.addcmul_(p, alpha)
+        r.addcmul_(a, alpha, value=-1)
+        steps += active
+        rr_next = r.square().sum(-1, keepdim=True)
+        p.mul_(rr_next / rr.clamp_min(tiny)).add_(r)
+        rr = rr_next
+        active = active & (rr > threshold)
+    return x.mul_(norm).mul_(peak), steps.squeeze(-1), rr.sqrt().squeeze(-1)
+
+
+def any_active(device: torch.device, active: torch.Tensor) -> bool:
+    """Whether any row is still active; True without looking while a CUDA graph is captured, where reading is illegal."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
+    return bool(active.any())

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MesaNet for transformers: importing this package registers the models with the Auto classes."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_mesanet import MesaNetConfig
+from .modeling_mesanet import (
+    MesaNetForCausalLM,
+    MesaNetForSequenceClassification,
+    MesaNetModel,
+    MesaNetPreTrainedModel,
+)
+
+try:
+    __version__ = version("modeling-mesanet")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+AutoConfig.register("mesanet", MesaNetConfig, exist_ok=True)
+AutoModel.register(MesaNetConfig, MesaNetModel, exist_ok=True)
+AutoModelForCausalLM.register(MesaNetConfig, MesaNetForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MesaNetConfig, MesaNetForSequenceClassification, exist_ok=True)
+
+
+def bundled_checkpoint() -> str:
+    """Path of the small checkpoint that comes with the package; `from_pretrained` takes it.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    path = Path(__file__).parent / "checkpoints" / "novels"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"The bundled checkpoint is missing at {path}; reinstall modeling-mesanet from its wheel.")
+    return str(path)
+
+
+__all__ = [
+    "MesaNetConfig",
+    "MesaNetForCausalLM",
+    "MesaNetForSequenceClassification",
+    "MesaNetModel",
+    "MesaNetPreTrainedModel",
+    "bundled_checkpoint",
+]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrent state of a MesaNet inside transformers' caches: constant size, whatever the number of tokens."""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
+from transformers.configuration_utils import PreTrainedConfig
+
+# Slots of a layer's convolution states (the inputs of the last `conv_kernel_size - 1` tokens) and recurrent states.
+CONV_Q, CONV_K, CONV_V = 0, 1, 2
+RECURRENT_H, RECURRENT_G = 0, 1
+
+
+class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """State of one Mesa layer for a batch of B sequences.
+
+    `recurrent_states` hold H `[B, H, K, K]` and G `[B, H, K, V]` in float32; `conv_states` the last inputs of each
+    convolution, `[B, channels, conv_kernel_size - 1]`, in the dtype of the activations. Unlike the stock linear layer it
+    counts tokens (stock `generate()` asks for that), can be expanded and reduced along the batch, and can be reused
+    outside the `torch.inference_mode` it was made in.
+
+    Args:
+        number_of_states: convolution slots, 2 or 3.
+        static: belongs to a static cache: shapes and addresses stay fixed, so a compiled step may read it.
+    """
+
+    def __init__(self, number_of_states: int = 2, static: bool = False):
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.keys = self.values = None
+        self.is_initialized = False
+        # Only static caches may be compiled: for others `generate` would replace the 2D mask by a dictionary of masks.
+        self.is_compileable = static
+        # A tensor, because a Python number in a compiled step would be a new constant at every token.
+        self.seen_tokens: torch.Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held. Missing before the first forward pass, which is how transformers tells an unused layer."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size is known after the first forward pass")
+        return self.recurrent_states[RECURRENT_H].shape[0]
+
+    def get_seq_length(self) -> torch.Tensor | int:
+        """Tokens consumed so far, pads included; a zero-dimensional tensor once the layer is in use."""
+        return 0 if self.seen_tokens is None else self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over everything consumed and `query_length` new tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError("A Mesa layer keeps a recurrent state, no keys and values.")
+
+    def conv_state(self, slot: int) -> torch.Tensor | None:
+        """Convolution state of `slot`, None before the first token; a copy where a later update would spoil autograd."""
+        return self._read(self.conv_states[slot], slot)
+
+    def recurrent_state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(H, G)`, None before the first token; copies where a later update would spoil autograd."""
+        h = self._read(self.recurrent_states[RECURRENT_H], RECURRENT_H)
+        return None if h is None else (h, self._read(self.recurrent_states[RECURRENT_G], RECURRENT_G))
+
+    def _read(self, state: torch.Tensor | None, slot: int) -> torch.Tensor | None:
+        if not self.has_previous_state[slot]:
+            return None
+        return state.clone() if torch.is_grad_enabled() else state
+
+    def write(
+        self,
+        conv_states: list[torch.Tensor],
+        recurrent_states: tuple[torch.Tensor, torch.Tensor],
+        tokens: int,
+    ) -> None:
+        """Take over the states after `tokens` more tokens, in place and outside autograd.
+
+        Args:
+            conv_states: one `[B, channels, conv_kernel_size - 1]` a slot.
+            recurrent_states: `(H, G)`; tensors that are already the stored ones are left alone.
+            tokens: tokens consumed since the last call.
+        """
+        for slot, state in enumerate(conv_states):
+            if not self.is_conv_states_initialized[slot]:
+                self.lazy_initialization(conv_states=state.detach(), state_idx=slot)
+            self.conv_states[slot] = self._overwrite(self.conv_states[slot], state)
+        for slot, state in enumerate(recurrent_states):
+            if not self.is_recurrent_states_initialized[slot]:
+                self.lazy_initialization(recurrent_states=state.detach(), state_idx=slot)
+            self.recurrent_states[slot] = self._overwrite(self.recurrent_states[slot], state)
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        if self.seen_tokens is None:
+            self.seen_tokens = torch.zeros((), dtype=torch.long, device=recurrent_states[RECURRENT_H].device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.seen_tokens)
+        self.seen_tokens = self._writable(self.seen_tokens)
+        self.seen_tokens.add_(tokens)
+        self.is_initialized = True
+
+    def make_writable(self) -> None:
+        """Allow in-place updates of the recurrent state, which a cache made under `inference_mode` forbids outside it."""
+        self.recurrent_states = {slot: self._writable(state) for slot, state in self.recurrent_states.items()}
+
+    def _overwrite(self, stored: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        if stored is state:
+            return stored
+        return self._writable(stored).copy_(state.detach())
+
+    @staticmethod
+    def _writable(stored: torch.Tensor | None) -> torch.Tensor | None:
+        if torch.compiler.is_compiling() or stored is None:
+            return stored
+        return stored.clone() if stored.is_inference() and not torch.is_inference_mode_enabled() else stored
+
+    def reset(self) -> None:
+        """Forget every token; tensors and addresses stay."""
+        super().reset()
+        if self.seen_tokens is not None:
+            self.seen_tokens.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "A recurrent state cannot be cropped: keep a copy of the cache (copy.deepcopy) before the tokens to discard."
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, copies side by side."""
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
+        self._map_states(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices])
+
+    def _map_states(self, function) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for slot, state in states.items():
+                if state is not None:
+                    states[slot] = function(state)
+
+
+def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
+    """Replace the unused stock layers of `cache` by Mesa layers, in place; checks that the cache fits the model.
+
+    Works on what `generate()` prepares and on a user's `DynamicCache(config=...)` or `StaticCache(config=...)`.
+
+    Raises:
+        ValueError: `cache` is no transformers cache, was made without a config, or belongs to another model.
+    """
+    remedy = "pass DynamicCache(config=model.config), or leave past_key_values out."
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; {remedy}")
+    if not cache.layers and cache.layer_class_to_replicate is not None:
+        raise ValueError(f"past_key_values is a {type(cache).__name__} made without a config; {remedy}")
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers but the model has {config.num_hidden_layers}; {remedy}"
+        )
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, MesaNetCacheLayer):
+            continue
+        if type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
+            raise ValueError(f"past_key_values holds a {type(layer).__name__} at layer {index}; {remedy}")
+        cache.layers[index] = MesaNetCacheLayer(config.number_of_conv_states, static=isinstance(cache, StaticCache))
+    return cache
+
+
+def state_bytes(config: PreTrainedConfig, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the recurrent state of `batch_size` sequences with activations of `dtype`, at any number of tokens."""
+    key_channels = config.num_attention_heads * config.head_dim
+    value_channels = config.num_attention_heads * config.value_head_dim
+    conv_channels = 2 * key_channels + (value_channels if config.conv_on_value else 0)
+    conv = conv_channels * (config.conv_kernel_size - 1) * dtype.itemsize
+    recurrent = config.num_attention_heads * config.head_dim * (config.head_dim + config.value_head_dim) * 4
+    return config.num_hidden_layers * batch_size * (conv + recurrent)

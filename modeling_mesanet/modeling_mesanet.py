@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MesaNet models: recurrent language models whose sequence layer solves a ridge regression at every token.
+
+Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size, S packed sequences.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, upgrade_cache
+from .configuration_mesanet import MesaNetConfig
+from .mesa import mesa_attention, mesa_step
+
+# At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
+# memories of about ten to a thousand tokens.
+INITIAL_FORGETTING = (1e-1, 1e-3)
+
+
+class MesaNetRMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, in the dtype of `x`."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight.float()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class PadOrder:
+    """Moves pads out of a convolution's sight.
+
+    The W - 1 remembered inputs of a convolution and the T new ones are reordered so that pads come first, then the
+    memory, then the real tokens: each real token then sees the real tokens before it, wherever pads stand.
+
+    Args:
+        mask: bool `[B, T]`, True for real tokens.
+        memory: W - 1, the number of remembered inputs.
+    """
+
+    def __init__(self, mask: torch.Tensor, memory: int):
+        extended = F.pad(mask, (memory, 0), value=True)
+        self.sorted = extended.int().argsort(dim=1, stable=True)
+        # Where each new token's output lies; a pad's may fall before the first output and reads any.
+        self.restored = (self.sorted.argsort(dim=1)[:, memory:] - memory).clamp_min(0)
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, channels, W - 1 + T]` into the order pads, memory, tokens."""
+        return x.gather(2, self.sorted.unsqueeze(1).expand_as(x))
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """Outputs `[B, channels, T]` back into the order of the tokens."""
+        return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
+
+
+class MesaNetShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution over time with SiLU, carrying its last W - 1 inputs from call to call."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        pads: PadOrder | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolve `x` `[B, T, channels]`, continuing after `state` `[B, channels, W - 1]` (None: zeros).
+
+        Args:
+            pads: the order that hides pads, or None where there are none.
+            cu_seqlens: `[S + 1]` bounds of packed sequences (B is 1), each of which starts after zeros.
+
+        Returns:
+            `[B, T, channels]` and the state after the last token.
+        """
+        memory = self.kernel_size[0] - 1
+        inputs = x.transpose(1, 2)
+        if cu_seqlens is not None:
+            # Each sequence gets W - 1 zeros of its own in front.
+            tokens = torch.arange(x.shape[1], device=x.device)
+            sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+            positions = tokens + sequence * memory
+            spread = inputs.new_zeros(*inputs.shape[:2], x.shape[1] + (cu_seqlens.shape[0] - 1) * memory)
+            y = super().forward(spread.index_copy(2, positions + memory, inputs))[..., positions]
+            state = inputs[..., :0]
+        else:
+            state = inputs.new_zeros(*inputs.shape[:2], memory) if state is None else state.to(x.dtype)
+            inputs = torch.cat([state, inputs], dim=-1)
+            if pads is not None:
+                inputs = pads.sort(inputs)
+            if x.shape[1] == 1:  # a dot product costs a fraction of a convolution call
+                y = (inputs * self.weight.squeeze(1)).sum(-1, keepdim=True)
+            else:
+                y = super().forward(inputs)
+            if pads is not None:
+                y = pads.restore(y)
+            state = inputs[..., -memory:]
+        return F.silu(y).transpose(1, 2), state
+
+
+class MesaNetMixer(nn.Module):
+    """The Mesa layer (section 3 of arXiv 2506.05233): projections, convolutions, gates, the solve, head norm, output."""
+
+    def __init__(self, config: MesaNetConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim, self.value_head_dim = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.value_head_dim,
+        )
+        key_channels, value_channels = self.num_heads * self.head_dim, self.num_heads * self.value_head_dim
+        self.q_proj = nn.Linear(config.hidden_size, key_channels, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_channels, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, value_channels, bias=False)
+        self.beta_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.gamma_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.output_gate_proj = (
+            nn.Linear(config.hidden_size, value_channels, bias=False) if config.use_output_gate else None
+        )
+        self.q_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size)
+        self.k_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size)
+        self.v_conv = (
+            MesaNetShortConvolution(value_channels, config.conv_kernel_size) if config.conv_on_value else None
+        )
+        self.beta_bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.gamma_bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.lambda_param = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(value_channels, config.hidden_size, bias=False)
+        self.o_proj.writes_to_residual_stream = True
+
+    def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
+        beta = torch.sigmoid(self.beta_proj(x).float() + self.beta_bias.float())
+        log_gamma = F.logsigmoid(self.gamma_proj(x).float() + self.gamma_bias.float())
+        if self.config.forget_gate_bound is not None:
+            log_gamma = log_gamma + torch.log1p((self.config.forget_gate_bound - 1) * beta.square())
+        if mask is not None:
+            beta = beta.masked_fill(~mask.unsqueeze(-1), 0.0)
+            log_gamma = log_gamma.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return beta, log_gamma
+
+    def regularizer(self) -> torch.Tensor:
+        """The diagonal of Lambda, float32 `[H, K]`."""
+        return self.config.lambda_lower_bound + F.softplus(self.lambda_param.float())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mix `hidden_states` `[B, T, d]` over time.
+
+        Args:
+            attention_mask: bool `[B, T]`, False for pads; None without pads.
+            past_key_values: cache whose layer `layer_idx` is read and updated.
+            cu_seqlens: bounds of packed sequences; excludes mask and cache.
+        """
+        cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        config, length = self.config, hidden_states.shape[1]
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
+
+        def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
+            return convolution(x, None if cache is None else cache.conv_state(slot), pads, cu_seqlens)
+
+        q, q_state = convolve(self.q_conv, q, CONV_Q)
+        k, k_state = convolve(self.k_conv, k, CONV_K)
+        conv_states = [q_state, k_state]
+        if self.v_conv is not None:
+            v, v_state = convolve(self.v_conv, v, CONV_V)
+            conv_states.append(v_state)
+
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            beta, log_gamma = self.gates(hidden_states, attention_mask)
+            lam = self.regularizer()
+        arguments = (*(x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v)), log_gamma, beta, lam)
+        solver = {
+            "max_steps": config.cg_max_steps_training if self.training else config.cg_max_steps,
+            "tolerance": config.cg_tolerance_training if self.training else config.cg_tolerance,
+        }
+        state = None if cache is None else cache.recurrent_state()
+        if state is not None and length == 1 and not torch.is_grad_enabled():
+            cache.make_writable()
+            state = cache.recurrent_state()
+            output = mesa_step(*arguments, state, **solver)
+        else:
+            output = mesa_attention(
+                *arguments,
+                initial_state=state,
+                output_final_state=cache is not None,
+                cu_seqlens=cu_seqlens,
+                chunk_size=config.chunk_size,
+                **solver,
+            )
+        if cache is not None:
+            cache.write(conv_states, output.final_state, length)
+
+        o = self.o_norm(output.o)
+        if self.output_gate_proj is not None:
+            o = o * F.silu(self.output_gate_proj(hidden_states)).unflatten(-1, (self.num_heads, -1))
+        return self.o_proj(o.flatten(2))
+
+
+class MesaNetMLP(nn.Module):
+    """Gated MLP: `W_down (act(W_gate x) * W_up x)`."""
+
+    def __init__(self, config: MesaNetConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_to_residual_stream = True
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MesaNetDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: Mesa layer, then gated MLP."""
+
+    def __init__(self, config: MesaNetConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MesaNetMixer(config, layer_idx)
+        self.mlp_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MesaNetMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Arguments as in `MesaNetMixer.forward`; further ones are accepted for transformers' sake."""
+        mixed = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class MesaNetPreTrainedModel(PreTrainedModel):
+    """Initialisation and the properties transformers asks every model for."""
+
+    config: MesaNetConfig
+    config_class = MesaNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MesaNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    # Decoding methods that take tokens back would need the state before them: transformers refuses them.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["beta_bias", "gamma_bias", "lambda_param"]
+    _can_record_outputs = {"hidden_states": MesaNetDecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with fan-in scaling; matrices that write to the residual stream with variance times 2 / layers."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            variance = 1 / module.in_features
+            if getattr(module, "writes_to_residual_stream", False):
+                variance *= 2 / self.config.num_hidden_layers
+            init.normal_(module.weight, mean=0.0, std=math.sqrt(variance))
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=1 / math.sqrt(module.embedding_dim))
+        elif isinstance(module, MesaNetShortConvolution):
+            init.normal_(module.weight, mean=0.0, std=1 / math.sqrt(module.kernel_size[0]))
+        elif isinstance(module, MesaNetMixer):
+            init.zeros_(module.beta_bias)
+            fastest, slowest = INITIAL_FORGETTING
+            forgetting = torch.logspace(math.log10(fastest), math.log10(slowest), module.num_heads)
+            init.copy_(module.gamma_bias, torch.logit(1 - forgetting))
+            excess = self.config.lambda_init - self.config.lambda_lower_bound
+            init.constant_(module.lambda_param, math.log(math.expm1(excess)))
+
+
+class MesaNetModel(MesaNetPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MesaNetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MesaNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: tokens `[B, T]`; give these or `inputs_embeds`.
+            attention_mask: `[B, T]` or, continuing from a cache, `[B, past + T]`; 0 marks pads, which may stand
+                anywhere and leave the state untouched. Also a dictionary with the key `"linear_attention"`.
+            position_ids: only read to find packed sequences: where it does not rise by one, a new sequence starts
+                (without mask and cache). The model itself needs no positions.
+            past_key_values: state to continue from, updated in place.
+            inputs_embeds: embeddings `[B, T, d]`, before the model's embedding scale.
+            use_cache: return the state; never started by itself in training mode or for packed sequences.
+            kwargs: `cu_seq_lens_q` `[S + 1]` or `seq_idx` `[B, T]` mark packed sequences explicitly.
+
+        Raises:
+            ValueError: an argument is missing, misshapen, not finite, or contradicts another.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
+        if past_key_values is not None:
+            upgrade_cache(past_key_values, self.config)
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        mask = local_mask(attention_mask, batch, length, past_key_values)
+        cu_seqlens = packed_bounds(batch, length, position_ids, mask, past_key_values, kwargs)
+        if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
+            past_key_values = upgrade_cache(DynamicCache(config=self.config), self.config)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = inputs_embeds * self.config.effective_embedding_scale
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.reshape(1, batch * length, -1)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                cu_seqlens=cu_seqlens,
+            )
+        hidden_states = self.norm(hidden_states)
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.reshape(batch, length, -1)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: MesaNetConfig):
+        super().__init__(config)
+        self.model = MesaNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels: `[B, T]`, shifted inside; -100 is ignored.
+            logits_to_keep: compute logits only for the last so many tokens (0: all), or for these positions.
+
+        The other arguments are those of `MesaNetModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        cap = self.config.logit_soft_cap
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            upgrade_cache(model_kwargs["past_key_values"], self.config)
+        return result
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"input_ids ends {-int(next_sequence_length)} tokens before the end of what past_key_values already "
+                "holds; pass all tokens, the cached ones included, or the new ones with an attention_mask over all."
+            )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+
+class MesaNetForSequenceClassification(GenericForSequenceClassification, MesaNetPreTrainedModel):
+    """The decoder with a classification head on the last token that is no pad."""
+
+
+def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int) -> None:
+    """Refuse inputs that would spoil a state: wrong shape, no tokens, embeddings that are not finite.
+
+    Raises:
+        ValueError: as above.
+    """
+    if input_ids is not None:
+        name, tensor, expected = "input_ids", input_ids, "[batch, time]"
+        fits = tensor.ndim == 2
+    else:
+        name, tensor, expected = "inputs_embeds", inputs_embeds, f"[batch, time, {hidden_size}]"
+        fits = tensor.ndim == 3 and tensor.shape[-1] == hidden_size
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")
+    if tensor.shape[1] == 0:
+        raise ValueError(
+            f"{name} has no tokens (shape {tuple(tensor.shape)}); give at least one, for example the bos token. "
+            "Continuing from a cache with new tokens alone needs an attention_mask over the cached ones too."
+        )
+    # Reading values waits for the device and cannot be traced.
+    if inputs_embeds is not None and not torch.compiler.is_compiling() and not inputs_embeds.isfinite().all():
+        raise ValueError("inputs_embeds contains NaN or infinite values; they would spoil the recurrent state for good.")
+
+
+def local_mask(
+    attention_mask: torch.Tensor | dict | None, batch: int, length: int, past_key_values: Cache | None
+) -> torch.Tensor | None:
+    """The mask of the T new tokens, bool `[B, T]`; None where no token is a pad.
+
+    Raises:
+        ValueError: the mask does not fit the inputs, or the cache holds another batch size.
+    """
+    cached_batch = -1 if past_key_values is None else past_key_values.batch_size
+    if cached_batch not in (-1, batch):
+        raise ValueError(
+            f"the inputs have batch size {batch} but past_key_values holds {cached_batch} sequences; use a cache of the "
+            "same batch (past_key_values.batch_repeat_interleave(n) expands one)."
+        )
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None:
+        return None
+    tracing = torch.compiler.is_compiling()
+    widths = {length}
+    if past_key_values is not None and not tracing:
+        widths.add(length + int(past_key_values.get_seq_length()))
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch
+    if not fits or (attention_mask.shape[1] not in widths if not tracing else attention_mask.shape[1] < length):
+        shapes = " or ".join(str((batch, width)) for width in sorted(widths))
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; for these inputs it must be {shapes} "
+            "(one entry a token, the cached ones included or not)."
+        )
+    mask = attention_mask[:, -length:].bool()
+    return None if not tracing and mask.all() else mask
+
+
+def packed_bounds(
+    batch: int,
+    length: int,
+    position_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    kwargs: dict,
+) -> torch.Tensor | None:
+    """Bounds `[S + 1]` of the sequences packed into the batch (flattened to one row), or None when nothing is packed.
+
+    `cu_seq_lens_q` counts as given; `seq_idx` and `position_ids` mark a new sequence where the index changes or the
+    position does not rise by one.
+
+    Raises:
+        ValueError: two markers disagree, or packing is combined with pads or a cache.
+    """
+    device = None
+    explicit, starts = kwargs.get("cu_seq_lens_q"), None
+    seq_idx = kwargs.get("seq_idx")
+    if seq_idx is not None:
+        starts = seq_idx.reshape(batch, length).diff(dim=1) != 0
+    elif explicit is None:
+        # transformers passes plain position_ids too; they mean packing only where nothing else explains a jump.
+        if position_ids is None or mask is not None or past_key_values is not None or torch.compiler.is_compiling():
+            return None
+        if position_ids.ndim != 2 or position_ids.shape[-1] != length:
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {(batch, length)}.")
+        starts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+        if not starts.any():
+            return None
+    if mask is not None or past_key_values is not None:
+        raise ValueError(
+            "packed sequences (cu_seq_lens_q or seq_idx) were given together with pads in attention_mask or with "
+            "past_key_values; drop one of them."
+        )
+    found = None
+    if starts is not None:
+        device = starts.device
+        first = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        found = torch.cat([first, starts], dim=1).flatten().nonzero().flatten()
+        found = torch.cat([found, found.new_tensor([batch * length])])
+    if explicit is None:
+        return found
+    if found is not None and not torch.equal(found, explicit.to(found)):
+        raise ValueError(f"cu_seq_lens_q {explicit.tolist()} and seq_idx, which gives {found.tolist()}, disagree.")
+    return explicit
+
+
+__all__ = ["MesaNetForCausalLM", "MesaNetForSequenceClassification", "MesaNetModel", "MesaNetPreTrainedModel"]
