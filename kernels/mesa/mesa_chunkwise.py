@@ -10,126 +10,164 @@ where `H_c` is the state before the chunk and `zeta_ts` the product of the gamma
 backward pass are opaque operators, so that the data-dependent number of solver steps and the precision settings
 survive `torch.compile`, and the graph of a model holds one node a layer.
 
-Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, M chunks of all sequences.
+Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks a line, L lines.
 """
 
 import torch
 
 from .mesa_solver import conjugate_gradient, full_precision
+from .mesa_triton_solve import fused_chunk_solve, fused_solve_fits
+
+# Chunks whose states are computed from each other in one product; groups follow one another in a loop.
+SCAN_GROUP = 64
 
 
 class ChunkLayout:
     """Where each token lies among the chunks, for equal-length rows (`cu_seqlens` None) and for packed sequences.
 
-    Every sequence starts a chunk of its own and is padded to whole chunks with identity updates (`beta = 0`,
-    `log_gamma = 0`), so that no chunk needs to know about boundaries.
+    Chunks stand in L lines of N: one line a row of the batch, or a single line with all packed sequences one after the
+    other. Every sequence starts a chunk of its own and is padded to whole chunks with identity updates (`beta = 0`,
+    `log_gamma = 0`), so that nothing inside a chunk needs to know about boundaries.
+
+    Attributes:
+        sequences, firsts, lasts: for each sequence that has tokens: its index, its first and its last chunk, counted
+            through all lines.
     """
 
     def __init__(self, batch: int, length: int, chunk_size: int, cu_seqlens: torch.Tensor | None, device: torch.device):
-        self.batch, self.length, self.chunk_size = batch, length, chunk_size
+        self.lines, self.length, self.chunk_size = batch, length, chunk_size
         if cu_seqlens is None:
-            chunks = -(-length // chunk_size)
-            counts = [chunks] * batch
             self.gather = None
-        else:
-            bounds = cu_seqlens.tolist()
-            lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-            counts = [-(-n // chunk_size) for n in lengths]
-            # Row `length` of the source is a zero row: the pad.
-            gather = torch.full((sum(counts) * chunk_size,), length, dtype=torch.long)
-            row = 0
-            for start, n, count in zip(bounds[:-1], lengths, counts, strict=True):
-                gather[row : row + n] = torch.arange(start, start + n)
-                row += count * chunk_size
-            self.scatter = torch.argsort(gather, stable=True)[:length].to(device)
-            self.gather = gather.to(device)
-        self.num_chunks = sum(counts)
-        offsets = [sum(counts[:s]) for s in range(len(counts))]
-        # Longest sequences first: at scan step j the sequences that still have a chunk are a prefix.
-        self.order = sorted(range(len(counts)), key=lambda s: -counts[s])
-        self.scan_rows = [
-            torch.tensor([offsets[s] + j for s in self.order if counts[s] > j], device=device)
-            for j in range(max(counts, default=0))
-        ]
+            self.chunks_per_line = max(1, -(-length // chunk_size))  # no tokens: one chunk of pads
+            self.sequences = torch.arange(batch if length else 0, device=device)
+            self.firsts = self.sequences * self.chunks_per_line
+            self.lasts = self.firsts + self.chunks_per_line - 1
+            return
+        bounds = cu_seqlens.tolist()
+        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        counts = torch.tensor([-(-n // chunk_size) for n in lengths], dtype=torch.long)
+        ends = counts.cumsum(0)
+        firsts = ends - counts
+        self.chunks_per_line = max(1, int(ends[-1]))
+        # Row `length` of the source is a zero row: the pad.
+        gather = torch.full((self.chunks_per_line * chunk_size,), length, dtype=torch.long)
+        for start, n, first in zip(bounds[:-1], lengths, firsts.tolist(), strict=True):
+            gather[first * chunk_size : first * chunk_size + n] = torch.arange(start, start + n)
+        self.scatter = torch.argsort(gather, stable=True)[:length].to(device)
+        self.gather = gather.to(device)
+        used = counts > 0
+        self.sequences = used.nonzero().flatten().to(device)
+        self.firsts, self.lasts = firsts[used].to(device), (ends - 1)[used].to(device)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, T, H, D]` to chunks `[M, H, C, D]`, contiguous."""
+        """`[B, T, H, D]` to chunks `[L, H, N, C, D]`, contiguous."""
         heads, dim = x.shape[2:]
         if self.gather is None:
-            pad = self.num_chunks // self.batch * self.chunk_size - self.length
+            pad = self.chunks_per_line * self.chunk_size - self.length
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
         else:
             x = torch.cat([x[0], x.new_zeros(1, heads, dim)]).index_select(0, self.gather)
-        return x.reshape(self.num_chunks, self.chunk_size, heads, dim).transpose(1, 2).contiguous()
+        x = x.reshape(self.lines, self.chunks_per_line, self.chunk_size, heads, dim)
+        return x.permute(0, 3, 1, 2, 4).contiguous()
 
     def join(self, chunks: torch.Tensor) -> torch.Tensor:
-        """Chunks `[M, H, C, D]` back to `[B, T, H, D]`."""
+        """Chunks `[L, H, N, C, D]` back to `[B, T, H, D]`."""
         heads, dim = chunks.shape[1], chunks.shape[-1]
-        x = chunks.transpose(1, 2)
-        if self.gather is None:
-            return x.reshape(self.batch, -1, heads, dim)[:, : self.length].contiguous()
-        return x.reshape(-1, heads, dim).index_select(0, self.scatter).unsqueeze(0)
+        x = chunks.permute(0, 2, 3, 1, 4).reshape(self.lines, self.chunks_per_line * self.chunk_size, heads, dim)
+        return x[:, : self.length].contiguous() if self.gather is None else x[:, self.scatter]
 
-    def scan(self, updates: torch.Tensor, decay: torch.Tensor, initial: torch.Tensor, reverse: bool = False):
-        """Run `state <- decay_m * state + updates_m` over the chunks of every sequence.
+    def scan(
+        self, updates: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, reverse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run `state <- exp(log_decay_n) * state + updates_n` over the chunks of every sequence.
 
         Args:
-            updates: `[M, H, K, D]`; overwritten with the state each chunk receives.
-            decay: `[M, H]`, the product of gammas of each chunk.
-            initial: `[S, H, K, D]`, not changed.
+            updates: `[L, H, N, K, D]`.
+            log_decay: `[L, H, N]`, the log of each chunk's product of gammas.
+            initial: `[S, H, K, D]`.
             reverse: from the last chunk to the first (the adjoint recurrence).
 
         Returns:
-            The states before each chunk (`updates`, overwritten) and the final states `[S, H, K, D]`.
+            The state each chunk receives, `[L, H, N, K, D]`, and the last state of every sequence, `[S, H, K, D]`.
         """
-        order = torch.tensor(self.order, device=updates.device)
-        state = initial[order]
-        for rows in reversed(self.scan_rows) if reverse else self.scan_rows:
-            active = len(rows)
-            update = updates[rows]
-            updates[rows] = state[:active]
-            state[:active] = decay[rows][..., None, None] * state[:active] + update
-        final = torch.empty_like(state)
-        final[order] = state
-        return updates, final
+        firsts, lasts = (self.lasts, self.firsts) if reverse else (self.firsts, self.lasts)
+        line, chunk = firsts // self.chunks_per_line, firsts % self.chunks_per_line
+        starting = initial[self.sequences]
+        # A sequence's first chunk takes nothing from its neighbour in the line: its decay becomes 0, and what is left
+        # of the initial state is part of its update.
+        updates, log_first = updates.clone(), log_decay[line, :, chunk]
+        updates[line, :, chunk] += log_first.exp()[..., None, None] * starting
+        log_decay = log_decay.clone()
+        log_decay[line, :, chunk] = -torch.inf
+        if reverse:
+            updates, log_decay = updates.flip(2), log_decay.flip(2)
+        after = torch.empty_like(updates)
+        carry = torch.zeros_like(updates[:, :, 0])
+        for group in range(0, self.chunks_per_line, SCAN_GROUP):
+            span = slice(group, group + SCAN_GROUP)
+            decay, decay_from_start = decay_factors(log_decay[:, :, span])
+            part = torch.matmul(decay, updates[:, :, span].flatten(3)).unflatten(-1, updates.shape[3:])
+            after[:, :, span] = part.addcmul_(decay_from_start[..., None, None], carry.unsqueeze(2))
+            carry = after[:, :, span][:, :, -1]
+        if reverse:
+            after = after.flip(2)
+        received = after.roll(-1 if reverse else 1, dims=2)
+        received[line, :, chunk] = starting
+        final = initial.clone()
+        final[self.sequences] = after[lasts // self.chunks_per_line, :, lasts % self.chunks_per_line]
+        return received, final
+
+
+def decay_factors(log_decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products of decays over all spans, from their logs `[..., n]`.
+
+    Sums are accumulated span by span: differences of one running sum would cancel under strong forgetting and be NaN
+    for a decay of exactly 0.
+
+    Returns:
+        `[..., n, n]`, at (t, s) the product of the decays after s up to t, for s <= t, else 0; and `[..., n]`, the
+        product up to and including t.
+    """
+    size = log_decay.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
+    spans = torch.where(later, log_decay.unsqueeze(-1), 0).cumsum(-2)
+    return spans.exp_().tril_(), log_decay.cumsum(-1).exp_()
 
 
 class ChunkFactors:
-    """The decay factors of every chunk, from the log forget gates.
+    """The decay factors inside every chunk, from the log forget gates `[L, H, N, C]`.
 
     Attributes:
-        zeta: `[M, H, C, C]`, `zeta_ts` for s <= t, else 0.
-        from_start: `[M, H, C, 1]`, decay from the state before the chunk to each token.
-        to_end: `[M, H, C, 1]`, decay from each token to the end of the chunk.
-        whole: `[M, H]`, decay across the chunk.
+        zeta: `[L, H, N, C, C]`, `zeta_ts` for s <= t, else 0.
+        from_start: `[L, H, N, C, 1]`, decay from the state before the chunk to each token.
+        to_end: `[L, H, N, C, 1]`, decay from each token to the end of the chunk.
+        log_whole, whole: `[L, H, N]`, decay across the chunk.
     """
 
     def __init__(self, log_gamma: torch.Tensor):
-        size = log_gamma.shape[2]
-        g = log_gamma.squeeze(-1)
-        # Sums of log gates over every span (s, t], accumulated span by span: differences of one running sum would
-        # cancel under strong forgetting and be NaN for a gate of exactly 0.
-        later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-        spans = torch.where(later, g.unsqueeze(-1), 0).cumsum(-2)
-        self.zeta = spans.exp().tril()
-        running = g.cumsum(-1).exp().unsqueeze(-1)
-        self.from_start = running
+        self.zeta, from_start = decay_factors(log_gamma)
+        self.from_start = from_start.unsqueeze(-1)
         self.to_end = self.zeta[..., -1, :].unsqueeze(-1)
-        self.whole = running[..., -1, 0]
+        self.log_whole, self.whole = log_gamma.sum(-1), from_start[..., -1]
 
 
 def chunk_states(layout, factors, k, v, beta, initial_h, initial_g):
-    """States before each chunk, `H` `[M, H, K, K]` and `G` `[M, H, K, V]`, and the final states."""
+    """States before each chunk, `H` `[L, H, N, K, K]` and `G` `[L, H, N, K, V]`, and the final states."""
     weighted_key = (k * (beta * factors.to_end)).transpose(-1, -2)
-    h, final_h = layout.scan(torch.matmul(weighted_key, k), factors.whole, initial_h)
-    g, final_g = layout.scan(torch.matmul(weighted_key, v), factors.whole, initial_g)
-    return h, g, final_h, final_g
+    updates = torch.matmul(weighted_key, torch.cat([k, v], dim=-1))
+    received, final = layout.scan(updates, factors.log_whole, torch.cat([initial_h, initial_g], dim=-1))
+    sizes = [k.shape[-1], v.shape[-1]]
+    # Copied even where a split is contiguous already: an operator's outputs must not alias one another.
+    copies = (state.clone(memory_format=torch.contiguous_format) for state in final.split(sizes, dim=-1))
+    return *received.split(sizes, dim=-1), *copies
 
 
 def chunk_solve(b, k, h, lam, factors, weights, max_steps, tolerance):
-    """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[M, H, C, K]`."""
+    """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[L, H, N, C, K]`."""
+    if fused_solve_fits(b):
+        return fused_chunk_solve(b, k, h, lam, factors.from_start, weights, max_steps, tolerance)
     key_transposed = k.transpose(-1, -2)
-    lam = lam[:, None, :]
+    lam = lam[:, None, None, :]
 
     def matvec(p: torch.Tensor) -> torch.Tensor:
         inside = torch.matmul(torch.matmul(p, key_transposed).mul_(weights), k)
@@ -177,7 +215,7 @@ def chunkwise(
         layout = ChunkLayout(*q.shape[:2], chunk_size, cu_seqlens, q.device)
         initial_h, initial_g = initial_states(initial_h, initial_g, num_sequences(k, cu_seqlens), k, v)
         qc, kc, vc = layout.split(q), layout.split(k), layout.split(v)
-        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)))
+        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1))
         h, g, final_h, final_g = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
         weights = factors.zeta * beta_c.transpose(-1, -2)
         if max_steps == 0:
@@ -195,10 +233,10 @@ def chunkwise(
 def _(q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
     sequences, (heads, key_dim), value_dim = num_sequences(k, cu_seqlens), q.shape[2:], v.shape[3]
     return (
-        torch.empty_like(v),
+        v.new_empty(v.shape),
         q.new_empty(sequences, heads, key_dim, key_dim),
         q.new_empty(sequences, heads, key_dim, value_dim),
-        torch.empty_like(q),
+        q.new_empty(q.shape),
         q.new_empty(q.shape[:3], dtype=torch.int32),
         q.new_empty(q.shape[:3]),
     )
@@ -247,7 +285,7 @@ def chunkwise_backward(
         grad_final_g = torch.zeros_like(initial_g) if grad_final_g is None else grad_final_g
         grad_o = torch.zeros_like(v) if grad_o is None else grad_o
         xc, kc, vc, e = layout.split(x), layout.split(k), layout.split(v), layout.split(grad_o)
-        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)))
+        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1))
         zeta, from_start, to_end = factors.zeta, factors.from_start, factors.to_end
         h, g, _, _ = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
         weights = zeta * beta_c.transpose(-1, -2)
@@ -261,14 +299,14 @@ def chunkwise_backward(
             y, _, _ = chunk_solve(y, kc, h, lam, factors, weights, max_steps, tolerance)
             yk = torch.matmul(y, key_transposed)
             decayed_y = (y * from_start).transpose(-1, -2)
-            adjoint_h, grad_initial_h = layout.scan(torch.matmul(decayed_y, xc).neg_(), factors.whole, grad_final_h, reverse=True)
-            grad_lam = -(xc * y).sum((0, 2))
+            adjoint_h, grad_initial_h = layout.scan(torch.matmul(decayed_y, xc).neg_(), factors.log_whole, grad_final_h, reverse=True)
+            grad_lam = -(xc * y).sum((0, 2, 3))
         else:  # x = q does not depend on H or Lambda, and y is the gradient of q itself
             yk = None
-            adjoint_h, grad_initial_h = layout.scan(torch.zeros_like(h), factors.whole, grad_final_h, reverse=True)
+            adjoint_h, grad_initial_h = layout.scan(torch.zeros_like(h), factors.log_whole, grad_final_h, reverse=True)
             grad_lam = torch.zeros_like(lam)
         decayed_x = (xc * from_start).transpose(-1, -2)
-        adjoint_g, grad_initial_g = layout.scan(torch.matmul(decayed_x, e), factors.whole, grad_final_g, reverse=True)
+        adjoint_g, grad_initial_g = layout.scan(torch.matmul(decayed_x, e), factors.log_whole, grad_final_g, reverse=True)
 
         # dG_s v_s and (dH_s + dH_s^T) k_s, without beta
         ev_zeta, xk_zeta = (ev * zeta).transpose(-1, -2), (xk * zeta).transpose(-1, -2)
@@ -313,7 +351,7 @@ def chunkwise_backward(
 def _(grad_o, grad_final_h, grad_final_g, x, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
     sequences, (heads, key_dim), value_dim = num_sequences(k, cu_seqlens), k.shape[2:], v.shape[3]
     states = k.new_empty(sequences, heads, key_dim, key_dim), k.new_empty(sequences, heads, key_dim, value_dim)
-    return (*(torch.empty_like(t) for t in (x, k, v, log_gamma, beta, lam)), *states)
+    return (*(t.new_empty(t.shape) for t in (x, k, v, log_gamma, beta, lam)), *states)
 
 
 def _setup_context(ctx, inputs, output):

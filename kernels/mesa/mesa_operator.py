@@ -4,6 +4,7 @@
 Dimensions: B batch, S sequences (S = B unless packed), T tokens, H heads, K key size, V value size, C chunk size.
 """
 
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -102,10 +103,10 @@ def mesa_attention(
     )
     if max_steps > 0 and backward_max_steps == 0:
         raise ValueError("backward_max_steps is 0 while max_steps is not; give it at least 1.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    if not isinstance(chunk_size, Integral) or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; it must be a whole number of at least 1.")
     sequences = q.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, *q.shape[:2])
-    initial_h, initial_g = _check_state(initial_state, sequences, q.shape[2], q.shape[3], v.shape[3])
+    initial_h, initial_g = _check_state(initial_state, sequences, q.shape[2], q.shape[3], v.shape[3], q.device)
 
     out_dtype, dtype = v.dtype, _compute_dtype(q)
     q, k, v, log_gamma, beta, lam = (tensor.to(dtype) for tensor in (q, k, v, log_gamma, beta, lam))
@@ -136,6 +137,7 @@ def mesa_attention(
     )
 
 
+@torch.no_grad()
 def mesa_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -167,11 +169,13 @@ def mesa_step(
     max_steps, tolerance = check_solver(max_steps, tolerance)
     if q.shape[1] != 1:
         raise ValueError(f"q has {q.shape[1]} tokens; mesa_step takes one. Use mesa_attention for more.")
-    h, g = _check_state(state, q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    if state is None:
+        raise ValueError("state is None; mesa_step needs the pair (H, G), zeros before the first token.")
+    h, g = _check_state(state, q.shape[0], q.shape[2], q.shape[3], v.shape[3], q.device)
     out_dtype, dtype = v.dtype, _compute_dtype(q)
     if h.dtype != dtype or g.dtype != dtype:
         raise ValueError(f"state is {h.dtype} and {g.dtype}; it must be {dtype}, the precision of the computation.")
-    q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype) for tensor in (q, k, v, log_gamma, beta))
+    q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype).contiguous() for tensor in (q, k, v, log_gamma, beta))
     if normalize_qk:
         q, k = l2_normalize(q), l2_normalize(k)
     step = decode_step_op if torch.compiler.is_compiling() else decode_step
@@ -186,10 +190,11 @@ def check_solver(max_steps: int, tolerance: float | None, prefix: str = "") -> t
     Raises:
         ValueError: `max_steps` is negative or no whole number, or `tolerance` is not in (0, 1).
     """
-    if isinstance(max_steps, bool) or int(max_steps) != max_steps or max_steps < 0:
-        raise ValueError(f"{prefix}max_steps is {max_steps}; it must be a whole number of at least 0 (0: no solver).")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"{prefix}tolerance is {tolerance}; it must lie between 0 and 1, or be None for fixed steps.")
+    whole = isinstance(max_steps, Real) and not isinstance(max_steps, bool) and max_steps % 1 == 0
+    if not whole or max_steps < 0:
+        raise ValueError(f"{prefix}max_steps is {max_steps!r}; it must be a whole number of at least 0 (0: no solver).")
+    if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance < 1):
+        raise ValueError(f"{prefix}tolerance is {tolerance!r}; it must lie between 0 and 1, or be None for fixed steps.")
     return int(max_steps), None if tolerance is None else float(tolerance)
 
 
@@ -201,6 +206,7 @@ def _check_shapes(q, k, v, log_gamma, beta, lam) -> None:
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [batch, time, heads, key size].")
     expected = {
+        "q": (q, q.shape),
         "k": (k, q.shape),
         "v": (v, (*q.shape[:3], v.shape[-1])),
         "log_gamma": (log_gamma, q.shape[:3]),
@@ -214,11 +220,17 @@ def _check_shapes(q, k, v, log_gamma, beta, lam) -> None:
             )
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must have a floating-point dtype.")
 
 
-def _check_state(state, sequences, heads, key_dim, value_dim) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _check_state(
+    state, sequences, heads, key_dim, value_dim, device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if state is None:
         return None, None
+    if not isinstance(state, tuple | list) or len(state) != 2 or not all(isinstance(s, torch.Tensor) for s in state):
+        raise ValueError(f"the state is a {type(state).__name__}; it must be the pair of tensors (H, G).")
     h, g = state
     for name, tensor, shape in (
         ("H", h, (sequences, heads, key_dim, key_dim)),
@@ -226,6 +238,8 @@ def _check_state(state, sequences, heads, key_dim, value_dim) -> tuple[torch.Ten
     ):
         if tensor.shape != torch.Size(shape):
             raise ValueError(f"the state {name} has shape {tuple(tensor.shape)}; it must be {shape}.")
+        if tensor.device != device:
+            raise ValueError(f"the state {name} is on {tensor.device} but q is on {device}; move them to one device.")
     return h, g
 
 
