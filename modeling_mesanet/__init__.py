@@ -6,8 +6,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .configuration_mesanet import MesaNetConfig
-from .modeling_mesanet import (
+# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/.
+_kernels = Path(__file__).parents[1] / "kernels"
+if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
+    __path__.append(str(_kernels))
+
+from .configuration_mesanet import MesaNetConfig  # noqa: E402
+from .modeling_mesanet import (  # noqa: E402
     MesaNetForCausalLM,
     MesaNetForSequenceClassification,
     MesaNetModel,

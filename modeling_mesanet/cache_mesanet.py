@@ -39,6 +39,16 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             raise AttributeError("batch_size is known after the first forward pass")
         return self.recurrent_states[RECURRENT_H].shape[0]
 
+    def fits(self, config: PreTrainedConfig) -> bool:
+        """Whether a layer of the model with `config` can continue from here; an unused layer takes any sizes."""
+        if self.number_of_states != config.number_of_conv_states:
+            return False
+        sizes = (config.num_attention_heads, config.head_dim, config.value_head_dim)
+        return not self.is_initialized or (
+            self.recurrent_states[RECURRENT_G].shape[1:] == sizes
+            and self.conv_states[CONV_Q].shape[-1] == config.conv_kernel_size - 1
+        )
+
     def get_seq_length(self) -> torch.Tensor | int:
         """Tokens consumed so far, pads included; a zero-dimensional tensor once the layer is in use."""
         return 0 if self.seen_tokens is None else self.seen_tokens
@@ -95,8 +105,9 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_initialized = True
 
     def make_writable(self) -> None:
-        """Allow in-place updates of the recurrent state, which a cache made under `inference_mode` forbids outside it."""
-        self.recurrent_states = {slot: self._writable(state) for slot, state in self.recurrent_states.items()}
+        """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
+        self._map_states(self._writable)
+        self.seen_tokens = self._writable(self.seen_tokens)
 
     def _overwrite(self, stored: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         if stored is state:
@@ -111,6 +122,7 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token; tensors and addresses stay."""
+        self.make_writable()
         super().reset()
         if self.seen_tokens is not None:
             self.seen_tokens.zero_()
@@ -154,11 +166,21 @@ def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
         )
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, MesaNetCacheLayer):
-            continue
-        if type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
+            if not layer.fits(config):
+                raise ValueError(f"past_key_values holds the state of another model at layer {index}; {remedy}")
+        elif type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
             raise ValueError(f"past_key_values holds a {type(layer).__name__} at layer {index}; {remedy}")
-        cache.layers[index] = MesaNetCacheLayer(config.number_of_conv_states, static=isinstance(cache, StaticCache))
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, MesaNetCacheLayer):
+            static = isinstance(cache, StaticCache)
+            cache.layers[index] = MesaNetCacheLayer(config.number_of_conv_states, static=static)
     return cache
+
+
+def cached_length(cache: Cache) -> int:
+    """Tokens that an upgraded cache has consumed; a pipeline's stage counts in its own layers, not in the first."""
+    layer = next((layer for layer in cache.layers if layer.is_initialized), cache.layers[0])
+    return int(layer.get_seq_length())
 
 
 def state_bytes(config: PreTrainedConfig, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of MesaNet models."""
 
+import math
+import sys
+
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # Section 4 of arXiv 2506.05233: the published sizes, all with key and value heads of 128 and an MLP of three times d.
@@ -10,6 +14,9 @@ PRESETS = {
     "440M": {"num_hidden_layers": 28, "num_attention_heads": 8, "hidden_size": 1024, "intermediate_size": 3072},
     "1B": {"num_hidden_layers": 28, "num_attention_heads": 12, "hidden_size": 1536, "intermediate_size": 4608},
 }
+
+# What PEFT's LoRA adapts where its user names nothing.
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @strict
@@ -138,6 +145,15 @@ class MesaNetConfig(PreTrainedConfig):
         """The factor the embeddings are multiplied by."""
         return self.hidden_size**0.5 if self.embedding_scale is None else float(self.embedding_scale)
 
+    def to_dict(self) -> dict:
+        """The fields as a dictionary."""
+        # PEFT reads this dictionary right before it looks up which modules to adapt. Telling it here, if it is loaded,
+        # spares everyone else the seconds that importing it takes.
+        if (peft := sys.modules.get("peft.utils.constants")) is not None:
+            targets = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets.setdefault(self.model_type, LORA_TARGET_MODULES)
+        return super().to_dict()
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the ranges of all sizes and options."""
         for field in (
@@ -155,21 +171,22 @@ class MesaNetConfig(PreTrainedConfig):
         self._require("conv_kernel_size", self.conv_kernel_size >= 2, "at least 2")
         bound = self.forget_gate_bound
         self._require("forget_gate_bound", bound is None or 0 < bound <= 1, "in (0, 1], or None to switch it off")
-        self._require("lambda_lower_bound", self.lambda_lower_bound > 0, "greater than 0")
+        self._require("lambda_lower_bound", 0 < self.lambda_lower_bound < math.inf, "finite and greater than 0")
         self._require(
             "lambda_init",
-            self.lambda_init > self.lambda_lower_bound,
-            f"greater than lambda_lower_bound ({self.lambda_lower_bound})",
+            self.lambda_lower_bound < self.lambda_init < math.inf,
+            f"finite and greater than lambda_lower_bound ({self.lambda_lower_bound})",
         )
         for field in ("cg_max_steps", "cg_max_steps_training"):
             self._require(field, getattr(self, field) >= 0, "at least 0 (0 leaves the solver out)")
         for field in ("cg_tolerance", "cg_tolerance_training"):
             value = getattr(self, field)
             self._require(field, value is None or 0 < value < 1, "between 0 and 1, or None for a fixed number of steps")
-        self._require("rms_norm_eps", self.rms_norm_eps > 0, "greater than 0")
+        self._require("rms_norm_eps", 0 < self.rms_norm_eps < math.inf, "finite and greater than 0")
         for field in ("logit_soft_cap", "embedding_scale"):
             value = getattr(self, field)
-            self._require(field, value is None or value > 0, "greater than 0, or None")
+            self._require(field, value is None or 0 < value < math.inf, "finite and greater than 0, or None")
+        self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}")
 
     def validate_layer_type(self):
         """Part of `@strict`-powered validation: `layer_types` names one known type a layer."""

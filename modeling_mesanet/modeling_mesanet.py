@@ -4,6 +4,7 @@
 Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size, S packed sequences.
 """
 
+import copy
 import math
 
 import torch
@@ -21,13 +22,18 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, upgrade_cache
+from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
 from .mesa import mesa_attention, mesa_step
 
 # At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
 # memories of about ten to a thousand tokens.
 INITIAL_FORGETTING = (1e-1, 1e-3)
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class MesaNetRMSNorm(nn.Module):
@@ -39,9 +45,9 @@ class MesaNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = x.float()
+        normed = upcast(x)
         normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+        return (normed * upcast(self.weight)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -155,8 +161,8 @@ class MesaNetMixer(nn.Module):
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
-        beta = torch.sigmoid(self.beta_proj(x).float() + self.beta_bias.float())
-        log_gamma = F.logsigmoid(self.gamma_proj(x).float() + self.gamma_bias.float())
+        beta = torch.sigmoid(upcast(self.beta_proj(x)) + upcast(self.beta_bias))
+        log_gamma = F.logsigmoid(upcast(self.gamma_proj(x)) + upcast(self.gamma_bias))
         if self.config.forget_gate_bound is not None:
             log_gamma = log_gamma + torch.log1p((self.config.forget_gate_bound - 1) * beta.square())
         if mask is not None:
@@ -166,7 +172,7 @@ class MesaNetMixer(nn.Module):
 
     def regularizer(self) -> torch.Tensor:
         """The diagonal of Lambda, float32 `[H, K]`."""
-        return self.config.lambda_lower_bound + F.softplus(self.lambda_param.float())
+        return self.config.lambda_lower_bound + F.softplus(upcast(self.lambda_param))
 
     def forward(
         self,
@@ -183,6 +189,9 @@ class MesaNetMixer(nn.Module):
             cu_seqlens: bounds of packed sequences; excludes mask and cache.
         """
         cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        shape = hidden_states.shape
+        if cu_seqlens is not None:  # packed sequences may run on from row to row
+            hidden_states = hidden_states.reshape(1, -1, shape[-1])
         config, length = self.config, hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
@@ -225,7 +234,7 @@ class MesaNetMixer(nn.Module):
         o = self.o_norm(output.o)
         if self.output_gate_proj is not None:
             o = o * F.silu(self.output_gate_proj(hidden_states)).unflatten(-1, (self.num_heads, -1))
-        return self.o_proj(o.flatten(2))
+        return self.o_proj(o.flatten(2)).reshape(shape)
 
 
 class MesaNetMLP(nn.Module):
@@ -280,7 +289,8 @@ class MesaNetPreTrainedModel(PreTrainedModel):
     # Decoding methods that take tokens back would need the state before them: transformers refuses them.
     _is_stateful = True
     _keep_in_fp32_modules_strict = ["beta_bias", "gamma_bias", "lambda_param"]
-    _can_record_outputs = {"hidden_states": MesaNetDecoderLayer}
+    # No layer computes attention weights: `output_attentions` gives an empty tuple.
+    _can_record_outputs = {"hidden_states": MesaNetDecoderLayer, "attentions": []}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -301,7 +311,8 @@ class MesaNetPreTrainedModel(PreTrainedModel):
             forgetting = torch.logspace(math.log10(fastest), math.log10(slowest), module.num_heads)
             init.copy_(module.gamma_bias, torch.logit(1 - forgetting))
             excess = self.config.lambda_init - self.config.lambda_lower_bound
-            init.constant_(module.lambda_param, math.log(math.expm1(excess)))
+            # The inverse of softplus, in the form that does not overflow.
+            init.constant_(module.lambda_param, excess + math.log(-math.expm1(-excess)))
 
 
 class MesaNetModel(MesaNetPreTrainedModel):
@@ -356,8 +367,6 @@ class MesaNetModel(MesaNetPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_states = inputs_embeds * self.config.effective_embedding_scale
-        if cu_seqlens is not None:
-            hidden_states = hidden_states.reshape(1, batch * length, -1)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -366,8 +375,6 @@ class MesaNetModel(MesaNetPreTrainedModel):
                 cu_seqlens=cu_seqlens,
             )
         hidden_states = self.norm(hidden_states)
-        if cu_seqlens is not None:
-            hidden_states = hidden_states.reshape(batch, length, -1)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
         )
@@ -432,19 +439,45 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _prepare_model_inputs(self, *args, **kwargs):
+        # The first step of `generate` that sees the prompt: later ones stumble over an empty one, and drop a mask of
+        # ones whatever its shape.
+        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        embeds = name == "inputs_embeds"
+        check_inputs(None if embeds else inputs, inputs if embeds else None, self.config.hidden_size)
+        cache = model_kwargs.get("past_key_values")
+        past_length = 0 if cache is None else cached_length(upgrade_cache(cache, self.config))
+        check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
+        return inputs, name, model_kwargs
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             upgrade_cache(model_kwargs["past_key_values"], self.config)
         return result
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        if next_sequence_length is not None and next_sequence_length <= 0:
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        cache = model_kwargs.get("past_key_values")
+        continued = cache is not None and cache.get_seq_length() > 0
+        if generation_config.prefill_chunk_size and (continued or model_kwargs.get("inputs_embeds") is not None):
+            # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when there
+            # are no others) and passes over embeddings (5.17).
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    # `generate` takes inputs_embeds only from models that name the argument here.
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
+        past_key_values = kwargs.get("past_key_values")
+        continued = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if continued and next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"input_ids ends {-int(next_sequence_length)} tokens before the end of what past_key_values already "
                 "holds; pass all tokens, the cached ones included, or the new ones with an attention_mask over all."
             )
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 class MesaNetForSequenceClassification(GenericForSequenceClassification, MesaNetPreTrainedModel):
@@ -494,18 +527,29 @@ def local_mask(
     if attention_mask is None:
         return None
     tracing = torch.compiler.is_compiling()
-    widths = {length}
-    if past_key_values is not None and not tracing:
-        widths.add(length + int(past_key_values.get_seq_length()))
-    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch
-    if not fits or (attention_mask.shape[1] not in widths if not tracing else attention_mask.shape[1] < length):
-        shapes = " or ".join(str((batch, width)) for width in sorted(widths))
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; for these inputs it must be {shapes} "
-            "(one entry a token, the cached ones included or not)."
-        )
+    # A counter read into a graph would be a new constant at every token.
+    past_length = 0 if past_key_values is None or tracing else cached_length(past_key_values)
+    check_mask(attention_mask, batch, length, past_length)
     mask = attention_mask[:, -length:].bool()
     return None if not tracing and mask.all() else mask
+
+
+def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int) -> None:
+    """Refuse a mask that covers neither the new tokens nor the cached and the new ones.
+
+    Raises:
+        ValueError: as above.
+    """
+    if attention_mask is None:
+        return
+    shape, widths = attention_mask.shape, sorted({length, past_length + length})
+    fits = len(shape) == 2 and shape[0] == batch
+    if not fits or (shape[1] < length if torch.compiler.is_compiling() else shape[1] not in widths):
+        expected = " or ".join(str((batch, width)) for width in widths)
+        raise ValueError(
+            f"attention_mask has shape {tuple(shape)}; for these inputs it must be {expected} (one entry a token, the "
+            "cached ones included or not)."
+        )
 
 
 def packed_bounds(
@@ -519,41 +563,68 @@ def packed_bounds(
     """Bounds `[S + 1]` of the sequences packed into the batch (flattened to one row), or None when nothing is packed.
 
     `cu_seq_lens_q` counts as given; `seq_idx` and `position_ids` mark a new sequence where the index changes or the
-    position does not rise by one.
+    position does not rise by one, and at every row.
 
     Raises:
-        ValueError: two markers disagree, or packing is combined with pads or a cache.
+        ValueError: a marker is misshapen or runs past the tokens, two disagree, or packing is combined with pads or a
+            cache.
     """
-    device = None
-    explicit, starts = kwargs.get("cu_seq_lens_q"), None
-    seq_idx = kwargs.get("seq_idx")
+    tracing = torch.compiler.is_compiling()  # values cannot be read then, and are trusted
+    explicit, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    markers = {}
+    if explicit is not None:
+        markers["cu_seq_lens_q"] = explicit
+        if not tracing:
+            check_bounds(explicit, batch * length)
     if seq_idx is not None:
-        starts = seq_idx.reshape(batch, length).diff(dim=1) != 0
-    elif explicit is None:
-        # transformers passes plain position_ids too; they mean packing only where nothing else explains a jump.
-        if position_ids is None or mask is not None or past_key_values is not None or torch.compiler.is_compiling():
-            return None
-        if position_ids.ndim != 2 or position_ids.shape[-1] != length:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; it must be {(batch, length)}.")
+        markers["seq_idx"] = bounds_from_starts(seq_idx.diff(dim=1) != 0)
+    # transformers passes plain position_ids too; they mean packing only where nothing else explains a jump.
+    if position_ids is not None and mask is None and past_key_values is None and not tracing:
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {(batch, length)}.")
-        starts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
-        if not starts.any():
-            return None
+        starts = position_ids.diff(dim=1) != 1
+        if starts.any():
+            markers["position_ids"] = bounds_from_starts(starts.expand(batch, -1))
+    if not markers:
+        return None
     if mask is not None or past_key_values is not None:
         raise ValueError(
             "packed sequences (cu_seq_lens_q or seq_idx) were given together with pads in attention_mask or with "
             "past_key_values; drop one of them."
         )
-    found = None
-    if starts is not None:
-        device = starts.device
-        first = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        found = torch.cat([first, starts], dim=1).flatten().nonzero().flatten()
-        found = torch.cat([found, found.new_tensor([batch * length])])
-    if explicit is None:
-        return found
-    if found is not None and not torch.equal(found, explicit.to(found)):
-        raise ValueError(f"cu_seq_lens_q {explicit.tolist()} and seq_idx, which gives {found.tolist()}, disagree.")
-    return explicit
+    (name, bounds), *others = markers.items()
+    if others and not tracing:
+        filled = bounds.unique_consecutive()  # only cu_seq_lens_q can tell of empty sequences
+        for other, found in others:
+            if not torch.equal(found, filled.to(found)):
+                raise ValueError(
+                    f"{name} {filled.tolist()} and {other}, which gives {found.tolist()}, disagree on where packed "
+                    "sequences begin; pass one of them."
+                )
+    return bounds
+
+
+def bounds_from_starts(starts: torch.Tensor) -> torch.Tensor:
+    """Bounds `[S + 1]` in the flattened batch, from bool `[B, T - 1]`: whether a token (not the first) begins anew."""
+    starts = F.pad(starts, (1, 0), value=True).flatten()
+    return torch.cat([starts.nonzero().flatten(), starts.new_full((1,), starts.numel(), dtype=torch.long)])
+
+
+def check_bounds(cu_seq_lens: torch.Tensor, tokens: int) -> None:
+    """Refuse bounds that do not rise from 0 to the number of tokens.
+
+    Raises:
+        ValueError: as above.
+    """
+    bounds = cu_seq_lens.tolist()
+    whole = cu_seq_lens.ndim == 1 and not cu_seq_lens.is_floating_point() and len(bounds) > 1
+    if not whole or bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seq_lens_q is {bounds}; it must be a vector of whole numbers that rise from 0 to {tokens}, the "
+            "number of tokens."
+        )
 
 
 __all__ = ["MesaNetForCausalLM", "MesaNetForSequenceClassification", "MesaNetModel", "MesaNetPreTrainedModel"]

@@ -366,14 +366,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_o, grad_final_h, grad_final_g, *_):
     max_steps = ctx.backward_max_steps if ctx.solved else 0
+    saved = ctx.saved_tensors  # once: gradient checkpointing forbids unpacking a tensor twice
     grads = torch.ops.modeling_mesanet.chunkwise_backward(
         *(None if grad is None else grad.contiguous() for grad in (grad_o, grad_final_h, grad_final_g)),
-        *ctx.saved_tensors,
+        *saved,
         max_steps,
         ctx.backward_tolerance,
         ctx.chunk_size,
     )
-    has_initial_state = ctx.saved_tensors[6] is not None
+    has_initial_state = saved[6] is not None
     return (*grads[:6], *(grads[6:] if has_initial_state else (None, None)), *[None] * 6)
 
 
