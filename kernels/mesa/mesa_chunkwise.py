@@ -34,7 +34,9 @@ class ChunkLayout:
             through all lines.
     """
 
-    def __init__(self, batch: int, length: int, chunk_size: int, cu_seqlens: torch.Tensor | None, device: torch.device):
+    def __init__(
+        self, batch: int, length: int, chunk_size: int, cu_seqlens: torch.Tensor | None, device: torch.device
+    ):
         self.lines, self.length, self.chunk_size = batch, length, chunk_size
         if cu_seqlens is None:
             self.gather = None
@@ -215,7 +217,10 @@ def chunkwise(
         layout = ChunkLayout(*q.shape[:2], chunk_size, cu_seqlens, q.device)
         initial_h, initial_g = initial_states(initial_h, initial_g, num_sequences(k, cu_seqlens), k, v)
         qc, kc, vc = layout.split(q), layout.split(k), layout.split(v)
-        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1))
+        beta_c, factors = (
+            layout.split(beta.unsqueeze(-1)),
+            ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1)),
+        )
         h, g, final_h, final_g = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
         weights = factors.zeta * beta_c.transpose(-1, -2)
         if max_steps == 0:
@@ -224,7 +229,9 @@ def chunkwise(
             residual = torch.zeros_like(qc[..., 0])
         else:
             x, steps, residual = chunk_solve(qc, kc, h, lam, factors, weights, max_steps, tolerance)
-        o = torch.matmul(torch.matmul(x, kc.transpose(-1, -2)) * weights, vc).addcmul_(torch.matmul(x, g), factors.from_start)
+        o = torch.matmul(torch.matmul(x, kc.transpose(-1, -2)) * weights, vc).addcmul_(
+            torch.matmul(x, g), factors.from_start
+        )
         steps, residual = (layout.join(stat.unsqueeze(-1)).squeeze(-1) for stat in (steps, residual))
         return layout.join(o), final_h, final_g, layout.join(x), steps, residual
 
@@ -285,7 +292,10 @@ def chunkwise_backward(
         grad_final_g = torch.zeros_like(initial_g) if grad_final_g is None else grad_final_g
         grad_o = torch.zeros_like(v) if grad_o is None else grad_o
         xc, kc, vc, e = layout.split(x), layout.split(k), layout.split(v), layout.split(grad_o)
-        beta_c, factors = layout.split(beta.unsqueeze(-1)), ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1))
+        beta_c, factors = (
+            layout.split(beta.unsqueeze(-1)),
+            ChunkFactors(layout.split(log_gamma.unsqueeze(-1)).squeeze(-1)),
+        )
         zeta, from_start, to_end = factors.zeta, factors.from_start, factors.to_end
         h, g, _, _ = chunk_states(layout, factors, kc, vc, beta_c, initial_h, initial_g)
         weights = zeta * beta_c.transpose(-1, -2)
@@ -299,14 +309,18 @@ def chunkwise_backward(
             y, _, _ = chunk_solve(y, kc, h, lam, factors, weights, max_steps, tolerance)
             yk = torch.matmul(y, key_transposed)
             decayed_y = (y * from_start).transpose(-1, -2)
-            adjoint_h, grad_initial_h = layout.scan(torch.matmul(decayed_y, xc).neg_(), factors.log_whole, grad_final_h, reverse=True)
+            adjoint_h, grad_initial_h = layout.scan(
+                torch.matmul(decayed_y, xc).neg_(), factors.log_whole, grad_final_h, reverse=True
+            )
             grad_lam = -(xc * y).sum((0, 2, 3))
         else:  # x = q does not depend on H or Lambda, and y is the gradient of q itself
             yk = None
             adjoint_h, grad_initial_h = layout.scan(torch.zeros_like(h), factors.log_whole, grad_final_h, reverse=True)
             grad_lam = torch.zeros_like(lam)
         decayed_x = (xc * from_start).transpose(-1, -2)
-        adjoint_g, grad_initial_g = layout.scan(torch.matmul(decayed_x, e), factors.log_whole, grad_final_g, reverse=True)
+        adjoint_g, grad_initial_g = layout.scan(
+            torch.matmul(decayed_x, e), factors.log_whole, grad_final_g, reverse=True
+        )
 
         # dG_s v_s and (dH_s + dH_s^T) k_s, without beta
         ev_zeta, xk_zeta = (ev * zeta).transpose(-1, -2), (xk * zeta).transpose(-1, -2)

@@ -12,6 +12,7 @@ import torch
 from .mesa_chunkwise import chunkwise
 from .mesa_decode import decode_step, decode_step_op
 from .mesa_solver import l2_normalize
+from .mesa_triton_solve import fused_solve_runs_on
 
 
 class SolverStats(NamedTuple):
@@ -38,8 +39,8 @@ class MesaOutput(NamedTuple):
 
 def select_backend(device: torch.device | str) -> tuple[str, str]:
     """The backend that runs the operators on `device`, and why, as `(name, reason)`."""
-    kind = torch.device(device).type
-    return "torch", f"the torch path runs on every device ({kind} included); it is the only backend of this version"
+    fused, reason = fused_solve_runs_on(torch.device(device))
+    return ("torch+triton" if fused else "torch"), f"torch operators run on every device; {reason}"
 
 
 def mesa_attention(

@@ -28,14 +28,16 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run products in the dtype of their operands: no autocast, no TF32.
+    """Run products in the dtype of their operands: no autocast, no TF32, no bfloat16 in place of float32.
 
     TF32 and 16-bit products lose the positive definiteness of `H + Lambda` on nearly constant keys, so the caller's
-    speed settings must not reach the solver.
+    speed settings must not reach the solver: on CPUs with bfloat16 products, `set_float32_matmul_precision("medium")`
+    means those.
     """
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision
-    if tf32:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
+    if backend is not None:
+        before = backend.matmul.fp32_precision
+        backend.matmul.fp32_precision = "ieee"
     try:
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -43,8 +45,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             yield
     finally:
-        if tf32:
-            torch.backends.cuda.matmul.fp32_precision = tf32
+        if backend is not None:
+            backend.matmul.fp32_precision = before
 
 
 def conjugate_gradient(

@@ -20,14 +20,32 @@ except ImportError:  # the torch iteration runs everywhere
 FUSED_SIZES = (16, 32, 64)
 
 
+# TF32 products exist from this compute capability on; its devices also have the shared memory (82 kB at most, 131 kB
+# where the compiler uses Hopper's instructions).
+FUSED_CAPABILITY = (8, 0)
+
+
+def fused_solve_runs_on(device: torch.device) -> tuple[bool, str]:
+    """Whether the kernel runs on `device`, and why (not)."""
+    if device.type != "cuda":
+        return False, f"no Triton kernel runs on {device.type}"
+    if triton is None:
+        return False, "triton is not installed"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < FUSED_CAPABILITY:
+        return False, "the Triton solve needs an NVIDIA GPU of compute capability 8.0"
+    return (
+        True,
+        f"head sizes and chunks of {', '.join(map(str, FUSED_SIZES))} in float32 are solved by a Triton kernel",
+    )
+
+
 def fused_solve_fits(b: torch.Tensor) -> bool:
     """Whether the kernel takes right-hand sides `b` `[..., C, K]`; otherwise torch iterates."""
     return (
-        triton is not None
-        and b.device.type == "cuda"
-        and b.dtype == torch.float32
+        b.dtype == torch.float32
         and b.shape[-1] in FUSED_SIZES
         and b.shape[-2] in FUSED_SIZES
+        and fused_solve_runs_on(b.device)[0]
     )
 
 

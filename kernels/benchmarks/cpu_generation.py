@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of the bundled checkpoint on a CPU, beside a plain per-token loop over the oracle's formula.
+
+    python kernels/benchmarks/cpu_generation.py
+
+Prints a table and writes it, with versions and revision, to `kernels/benchmarks/results/cpu_generation.json`; the README
+quotes it from there. The loop is the same model with every Mesa layer computed as it is defined (one state update and
+one dense solve a token and layer, in float32); its outputs are compared with ours before anything is timed.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from modeling_mesanet import MesaNetForCausalLM, bundled_checkpoint, modeling_mesanet
+from modeling_mesanet.mesa import MesaOutput, mesa_reference
+
+RESULTS = Path(__file__).parent / "results" / "cpu_generation.json"
+# Logits of the two implementations differ by the solver's tolerance and float32 rounding.
+AGREEMENT = 5e-3
+
+
+def attention_by_loop(*tensors, initial_state=None, output_final_state=False, **options) -> MesaOutput:
+    """`mesa_attention` as the definition reads: token by token, one dense solve each, in float32."""
+    o, state = mesa_reference(*tensors, initial_state=initial_state, dtype=torch.float32)
+    return MesaOutput(o, state if output_final_state else None, None)
+
+
+def step_by_loop(*tensors, state, **options) -> MesaOutput:
+    """`mesa_step` by the same formula; the state is overwritten as there."""
+    output = attention_by_loop(*tensors, initial_state=state, output_final_state=True)
+    for stored, new in zip(state, output.final_state, strict=True):
+        stored.copy_(new)
+    return MesaOutput(output.o, state, None)
+
+
+class LoopMesaLayers:
+    """While active, every Mesa layer runs the per-token loop."""
+
+    def __enter__(self):
+        self.saved = modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step
+        modeling_mesanet.mesa_attention = attention_by_loop
+        modeling_mesanet.mesa_step = lambda *args, **options: step_by_loop(*args[:-1], state=args[-1])
+
+    def __exit__(self, *exception):
+        modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step = self.saved
+
+
+def prefill_rate(model: MesaNetForCausalLM, tokens: int, repeats: int) -> float:
+    """Median tokens per second of reading a prompt as `generate` does, logits of the last token only."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        model(ids, use_cache=True, logits_to_keep=1)
+        seconds.append(time.perf_counter() - began)
+    return tokens / statistics.median(seconds)
+
+
+def decode_rate(model: MesaNetForCausalLM, batch: int, tokens: int, repeats: int) -> float:
+    """Median tokens per second, all sequences together, of greedy generation after a prompt of 64 tokens."""
+    ids = torch.randint(model.config.vocab_size, (batch, 64))
+    seconds = []
+    for _ in range(repeats):
+        state = model(ids, use_cache=True, logits_to_keep=1)
+        began = time.perf_counter()
+        for _ in range(tokens):
+            last = state.logits[:, -1].argmax(-1, keepdim=True)
+            state = model(last, past_key_values=state.past_key_values, use_cache=True)
+        seconds.append(time.perf_counter() - began)
+    return batch * tokens / statistics.median(seconds)
+
+
+def revision() -> str | None:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@torch.inference_mode()
+def main(
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median counts.")] = 5,
+    output: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS,
+) -> None:
+    """Time prefill and decode of the bundled checkpoint."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = MesaNetForCausalLM.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
+    ids = torch.randint(model.config.vocab_size, (1, 100))
+    ours = model(ids).logits
+    with LoopMesaLayers():
+        error = ((model(ids).logits - ours).norm() / ours.norm()).item()
+    if not error <= AGREEMENT:
+        raise RuntimeError(f"the loop's logits differ by {error:.1e} (relative); timing them would mean nothing")
+
+    jobs = {
+        "prefill, 2048 tokens": lambda n: prefill_rate(model, 2048, n),
+        "decode, batch 1": lambda n: decode_rate(model, 1, 64, n),
+        "decode, batch 8": lambda n: decode_rate(model, 8, 64, n),
+    }
+    rows = {}
+    for name, job in tqdm(jobs.items(), desc="timing"):
+        job(1)  # first calls allocate
+        mine = job(repeats)
+        with LoopMesaLayers():
+            loop = job(1 if name.startswith("prefill") else repeats)
+        rows[name] = {"tokens_per_second": mine, "loop_tokens_per_second": loop, "ratio": mine / loop}
+
+    table = Table("", "tokens/s", "per-token loop", "ratio", title=f"bundled checkpoint, float32, {threads} threads")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            *(f"{row[key]:.0f}" for key in ("tokens_per_second", "loop_tokens_per_second")),
+            f"{row['ratio']:.1f}",
+        )
+    Console().print(table)
+    content = {
+        "rows": rows,
+        "relative_error_to_loop": error,
+        "threads": threads,
+        "cpu": cpu_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "revision": revision(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, output)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    typer.run(main)
