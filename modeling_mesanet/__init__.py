@@ -38,7 +38,7 @@ def bundled_checkpoint() -> str:
     """
     path = Path(__file__).parent / "checkpoints" / "novels"
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"The bundled checkpoint is missing at {path}; reinstall modeling-mesanet from its wheel.")
+        raise FileNotFoundError(f"The bundled checkpoint is missing at {path}; reinstall modeling-mesanet.")
     return str(path)
 
 

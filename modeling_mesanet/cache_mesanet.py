@@ -14,8 +14,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """State of one Mesa layer for a batch of B sequences.
 
     `recurrent_states` hold H `[B, H, K, K]` and G `[B, H, K, V]` in float32; `conv_states` the last inputs of each
-    convolution, `[B, channels, conv_kernel_size - 1]`, in the dtype of the activations. Unlike the stock linear layer it
-    counts tokens (stock `generate()` asks for that), can be expanded and reduced along the batch, and can be reused
+    convolution, `[B, channels, conv_kernel_size - 1]`, in the dtype of the activations. Unlike the stock linear layer
+    it counts tokens (stock `generate()` asks for that), can be expanded and reduced along the batch, and can be reused
     outside the `torch.inference_mode` it was made in.
 
     Args:
@@ -61,7 +61,7 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         raise NotImplementedError("A Mesa layer keeps a recurrent state, no keys and values.")
 
     def conv_state(self, slot: int) -> torch.Tensor | None:
-        """Convolution state of `slot`, None before the first token; a copy where a later update would spoil autograd."""
+        """Convolution state of `slot`, None before the first token; a copy where autograd may need it unchanged."""
         return self._read(self.conv_states[slot], slot)
 
     def recurrent_state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -129,7 +129,7 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
-            "A recurrent state cannot be cropped: keep a copy of the cache (copy.deepcopy) before the tokens to discard."
+            "A recurrent state cannot be cropped: copy the cache (copy.deepcopy) before the tokens to discard."
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:

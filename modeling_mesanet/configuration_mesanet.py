@@ -34,27 +34,30 @@ class MesaNetConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): activation of the MLP's gate.
         conv_kernel_size (`int`, defaults to 4): width of the causal convolutions on q and k, at least 2.
         conv_on_value (`bool`, defaults to `False`): convolve v too (with SiLU).
-        forget_gate_bound (`float`, *optional*, defaults to 0.9975): a token written with strength beta forgets at least
-            `(1 - bound) * beta**2` of the state, which bounds the condition of the linear system when one token
+        forget_gate_bound (`float`, *optional*, defaults to 0.9975): a token written with strength beta forgets at
+            least `(1 - bound) * beta**2` of the state, which bounds the condition of the linear system when one token
             repeats; `None` switches it off. In (0, 1].
         lambda_lower_bound (`float`, defaults to 0.25): smallest regulariser, > 0.
         lambda_init (`float`, defaults to 1.0): regulariser at initialisation, > `lambda_lower_bound`.
-        cg_max_steps_training (`int`, defaults to 30): conjugate-gradient steps in training mode; 0 leaves the solver out
-            (gated linear attention).
+        cg_max_steps_training (`int`, defaults to 30): conjugate-gradient steps in training mode; 0 leaves the solver
+            out (gated linear attention).
         cg_tolerance_training (`float`, *optional*): relative residual at which a token stops in training mode; `None`
             runs all steps.
         cg_max_steps (`int`, defaults to 64): largest number of steps at inference.
-        cg_tolerance (`float`, *optional*, defaults to 1e-4): relative residual at which a token stops at inference; `None`
-            runs all steps.
-        chunk_size (`int`, defaults to 64): tokens a chunk of the chunkwise form; changes speed and memory, not results.
+        cg_tolerance (`float`, *optional*, defaults to 1e-4): relative residual at which a token stops at inference;
+            `None` runs all steps.
+        chunk_size (`int`, defaults to 64): tokens a chunk of the chunkwise form; changes speed and memory, not
+            results.
         use_output_gate (`bool`, defaults to `False`): multiply each head's normalised output by `SiLU(W x)`.
         embedding_scale (`float`, *optional*): factor on the embeddings; `None` means `sqrt(hidden_size)`.
-        logit_soft_cap (`float`, *optional*, defaults to 30.0): logits become `cap * tanh(logits / cap)`; `None` is off.
+        logit_soft_cap (`float`, *optional*, defaults to 30.0): logits become `cap * tanh(logits / cap)`; `None` is
+            off.
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of every RMSNorm.
         max_position_embeddings (`int`, defaults to 2048): training length; the model itself has no limit.
         tie_word_embeddings (`bool`, defaults to `True`): share the embedding with the output head.
         use_cache (`bool`, defaults to `True`): return the recurrent state outside training.
-        layer_types (`list[str]`, *optional*): one `"linear_attention"` a layer (the default); no other type exists yet.
+        layer_types (`list[str]`, *optional*): one `"linear_attention"` a layer (the default); no other type exists
+            yet.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): special tokens.
 
     Example:
@@ -181,7 +184,7 @@ class MesaNetConfig(PreTrainedConfig):
             self._require(field, getattr(self, field) >= 0, "at least 0 (0 leaves the solver out)")
         for field in ("cg_tolerance", "cg_tolerance_training"):
             value = getattr(self, field)
-            self._require(field, value is None or 0 < value < 1, "between 0 and 1, or None for a fixed number of steps")
+            self._require(field, value is None or 0 < value < 1, "between 0 and 1, or None for a fixed number")
         self._require("rms_norm_eps", 0 < self.rms_norm_eps < math.inf, "finite and greater than 0")
         for field in ("logit_soft_cap", "embedding_scale"):
             value = getattr(self, field)

@@ -6,7 +6,6 @@ A table NAME stands between `<!-- results: NAME -->` and `<!-- end results -->` 
 
 import json
 import os
-import re
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
@@ -36,8 +35,9 @@ def render(text: str) -> str:
     """`text` with every table made anew from its results file."""
     for name, table in TABLES.items():
         results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end results -->)", re.DOTALL)
-        text = pattern.sub(lambda match, body=table(results): f"{match[1]}{body}\n{match[2]}", text)
+        begin, end = f"<!-- results: {name} -->\n", "<!-- end results -->"
+        before, rest = text.split(begin, 1)
+        text = before + begin + table(results) + "\n" + end + rest.split(end, 1)[1]
     return text
 
 

@@ -13,6 +13,8 @@ survive `torch.compile`, and the graph of a model holds one node a layer.
 Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks a line, L lines.
 """
 
+from itertools import pairwise
+
 import torch
 
 from .mesa_solver import conjugate_gradient, full_precision
@@ -20,6 +22,10 @@ from .mesa_triton_solve import fused_chunk_solve, fused_solve_fits
 
 # Chunks whose states are computed from each other in one product; groups follow one another in a loop.
 SCAN_GROUP = 64
+
+# On a CPU, chunks are solved in blocks of about so many entries a vector: a block's vectors then stay in the cache
+# from step to step, and a block ends with its own slowest token.
+CPU_BLOCK_ENTRIES = 1 << 17
 
 
 class ChunkLayout:
@@ -46,7 +52,7 @@ class ChunkLayout:
             self.lasts = self.firsts + self.chunks_per_line - 1
             return
         bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         counts = torch.tensor([-(-n // chunk_size) for n in lengths], dtype=torch.long)
         ends = counts.cumsum(0)
         firsts = ends - counts
@@ -168,12 +174,23 @@ def chunk_solve(b, k, h, lam, factors, weights, max_steps, tolerance):
     """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[L, H, N, C, K]`."""
     if fused_solve_fits(b):
         return fused_chunk_solve(b, k, h, lam, factors.from_start, weights, max_steps, tolerance)
+    lam = lam[:, None, None, :].expand(*b.shape[:3], 1, -1)
+    tensors = [tensor.flatten(0, 2) for tensor in (b, k, h, lam, factors.from_start, weights)]
+    size = len(tensors[0]) if b.device.type != "cpu" else max(1, CPU_BLOCK_ENTRIES // (b.shape[-2] * b.shape[-1]))
+    blocks = [
+        solve_block(*block, max_steps, tolerance)
+        for block in zip(*(tensor.split(max(size, 1)) for tensor in tensors), strict=True)
+    ]
+    return tuple(torch.cat(part).unflatten(0, b.shape[:3]) for part in zip(*blocks, strict=True))
+
+
+def solve_block(b, k, h, lam, from_start, weights, max_steps, tolerance):
+    """The same for M chunks and heads in one dimension: `b`, `k` `[M, C, K]`, `h` `[M, K, K]`, `lam` `[M, 1, K]`."""
     key_transposed = k.transpose(-1, -2)
-    lam = lam[:, None, None, :]
 
     def matvec(p: torch.Tensor) -> torch.Tensor:
-        inside = torch.matmul(torch.matmul(p, key_transposed).mul_(weights), k)
-        return inside.addcmul_(torch.matmul(p, h), factors.from_start).addcmul_(p, lam)
+        before = torch.bmm(p * from_start, h)
+        return before.baddbmm_(torch.bmm(p, key_transposed).mul_(weights), k).addcmul_(p, lam)
 
     return conjugate_gradient(matvec, b, max_steps=max_steps, tolerance=tolerance)
 
@@ -279,8 +296,8 @@ def chunkwise_backward(
     r"""Implicit gradients: exact at the solution of the linear system, whatever path the solver took to it.
 
     With `e_t = dL/do_t` and the second solve `y_t = (H_t + Lambda)^{-1} G_t e_t`, the adjoints of the states are
-    `dG_s = sum_{t >= s} zeta_ts x_t e_t^T` and `dH_s = -sum_{t >= s} zeta_ts y_t x_t^T` (plus the decayed gradient of the
-    final states); everything below is an inner product with them, evaluated chunkwise.
+    `dG_s = sum_{t >= s} zeta_ts x_t e_t^T` and `dH_s = -sum_{t >= s} zeta_ts y_t x_t^T` (plus the decayed gradient of
+    the final states); everything below is an inner product with them, evaluated chunkwise.
 
     Returns:
         Gradients of q, k, v, log_gamma, beta, lam and of the two initial states.

@@ -4,6 +4,7 @@
 Dimensions: B batch, S sequences (S = B unless packed), T tokens, H heads, K key size, V value size, C chunk size.
 """
 
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class SolverStats(NamedTuple):
 
 
 class MesaState(NamedTuple):
-    """The state of S sequences after their last token: `h` `[S, H, K, K]`, `g` `[S, H, K, V]`, float32 (or float64)."""
+    """State of S sequences after their last token: `h` `[S, H, K, K]`, `g` `[S, H, K, V]`, float32 (or float64)."""
 
     h: torch.Tensor
     g: torch.Tensor
@@ -76,7 +77,8 @@ def mesa_attention(
         k: keys `[B, T, H, K]`.
         v: values `[B, T, H, V]`; V may differ from K.
         log_gamma: log of the forget strength `[B, T, H]`, at most 0 (0 keeps the state, -inf resets it).
-        beta: input strength `[B, T, H]`, in [0, 1]. A token with `beta = 0` and `log_gamma = 0` leaves the states alone.
+        beta: input strength `[B, T, H]`, in [0, 1]. A token with `beta = 0` and `log_gamma = 0` leaves the states
+            alone.
         lam: diagonal regulariser `[H, K]`, positive.
         initial_state: `(H_0, G_0)`, `[S, H, K, K]` symmetric and `[S, H, K, V]`; None is zero.
         output_final_state: also return the states after the last token.
@@ -193,9 +195,13 @@ def check_solver(max_steps: int, tolerance: float | None, prefix: str = "") -> t
     """
     whole = isinstance(max_steps, Real) and not isinstance(max_steps, bool) and max_steps % 1 == 0
     if not whole or max_steps < 0:
-        raise ValueError(f"{prefix}max_steps is {max_steps!r}; it must be a whole number of at least 0 (0: no solver).")
+        raise ValueError(
+            f"{prefix}max_steps is {max_steps!r}; it must be a whole number of at least 0 (0: no solver)."
+        )
     if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance < 1):
-        raise ValueError(f"{prefix}tolerance is {tolerance!r}; it must lie between 0 and 1, or be None for fixed steps.")
+        raise ValueError(
+            f"{prefix}tolerance is {tolerance!r}; it must lie between 0 and 1, or be None for fixed steps."
+        )
     return int(max_steps), None if tolerance is None else float(tolerance)
 
 
@@ -255,8 +261,9 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int) -> int:
     # Reading the values waits for the device and cannot be traced; a graph trusts its caller.
     if not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in zip(bounds[:-1], bounds[1:], strict=True)):
+        if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in pairwise(bounds)):
             raise ValueError(
-                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must rise from 0 to the number of tokens, {length}."
+                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must rise from 0 to the number of tokens, "
+                f"{length}."
             )
     return cu_seqlens.shape[0] - 1

@@ -5,6 +5,8 @@ This is the oracle that every other path is tested against, outputs, final state
 reads like the equations and is far too slow for anything else.
 """
 
+from itertools import pairwise
+
 import torch
 
 from .mesa_solver import l2_normalize
@@ -30,7 +32,8 @@ def mesa_reference(
         H_t = \gamma_t H_{t-1} + \beta_t k_t k_t^T, \quad G_t = \gamma_t G_{t-1} + \beta_t k_t v_t^T, \quad
         o_t = G_t^T (H_t + \Lambda)^{-1} q_t
 
-    (equations 7 to 9 of arXiv 2506.05233). Arguments are those of `mesa_attention`; every tensor is converted to `dtype`.
+    (equations 7 to 9 of arXiv 2506.05233). Arguments are those of `mesa_attention`; every tensor is converted to
+    `dtype`.
 
     Args:
         solve: False leaves the solver out, `x_t = q_t` (gated linear attention).
@@ -47,7 +50,7 @@ def mesa_reference(
         spans = [(row, 0, length) for row in range(batch)]
     else:
         bounds = cu_seqlens.tolist()
-        spans = [(0, start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        spans = [(0, start, end) for start, end in pairwise(bounds)]
 
     outputs, final_h, final_g = [], [], []
     for sequence, (row, start, end) in enumerate(spans):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-# Relative residual below which a row cannot improve any more in that precision: it is frozen even when a fixed number of
-# steps was asked for, because further steps would only divide rounding noise by rounding noise.
+# Relative residual below which a row cannot improve any more in that precision: it is frozen even when a fixed number
+# of steps was asked for, because further steps would only divide rounding noise by rounding noise.
 RESIDUAL_FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15}
 
 # Added under the square root when q and k are normalised, so that an all-zero row (a pad) stays zero and finite.
@@ -62,8 +62,8 @@ def conjugate_gradient(
         matvec: maps rows `[..., R, K]` to `A` times each row, same shape; must not change its argument.
         b: right-hand sides `[..., R, K]`, float32 or float64.
         max_steps: largest number of steps, >= 1.
-        tolerance: a row stops at `||r|| <= tolerance * ||b||`; None runs `max_steps` steps (or to the residual floor of
-            the dtype, `RESIDUAL_FLOOR`).
+        tolerance: a row stops at `||r|| <= tolerance * ||b||`; None runs `max_steps` steps (or to the residual floor
+            of the dtype, `RESIDUAL_FLOOR`).
 
     Returns:
         `x` `[..., R, K]`; the steps each row took, int32 `[..., R]`; the relative residual `||r|| / ||b||` of each row
@@ -72,9 +72,9 @@ def conjugate_gradient(
     A row whose curvature `p^T A p` is not positive (breakdown) is frozen at its last good iterate. Rows are solved in
     units of their own norm, so neither large nor tiny right-hand sides over- or underflow.
     """
-    floor = RESIDUAL_FLOOR[b.dtype]
-    threshold = max(tolerance or 0.0, floor) ** 2
-    tiny = torch.finfo(b.dtype).tiny
+    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+    threshold = torch.full((), max(tolerance or 0.0, RESIDUAL_FLOOR[b.dtype]) ** 2, dtype=b.dtype, device=b.device)
+    zero, tiny = b.new_zeros(()), torch.finfo(b.dtype).tiny
     # Two-stage norm: the largest entry first, so that squares cannot overflow. NaN passes through to the solution.
     peak = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
     r = b / peak
@@ -84,27 +84,29 @@ def conjugate_gradient(
     x = torch.zeros_like(r)
     rr = r.square().sum(-1, keepdim=True)
     active = rr > threshold
-    steps = torch.zeros_like(active, dtype=torch.int32)
+    taken = []
     check_interval = 1 if b.device.type == "cpu" else DEVICE_CHECK_INTERVAL
     for step in range(max_steps):
         if step % check_interval == 0 and not any_active(b.device, active):
             break
         a = matvec(p)
         curvature = (p * a).sum(-1, keepdim=True)
-        active = active & (curvature > 0)
-        alpha = torch.where(active, rr / curvature, 0)
+        active = active & (curvature > zero)
+        taken.append(active)
+        # A row that is not active divides whatever it holds, even 0 by 0; the result is not used.
+        alpha = torch.where(active, rr / curvature, zero)
         x.addcmul_(p, alpha)
         r.addcmul_(a, alpha, value=-1)
-        steps += active
         rr_next = r.square().sum(-1, keepdim=True)
-        p.mul_(rr_next / rr.clamp_min(tiny)).add_(r)
+        p = torch.addcmul(r, p, torch.where(active, rr_next / rr, zero))
         rr = rr_next
         active = active & (rr > threshold)
+    steps = torch.stack(taken).sum(0, dtype=torch.int32) if taken else torch.zeros_like(active, dtype=torch.int32)
     return x.mul_(norm).mul_(peak), steps.squeeze(-1), rr.sqrt().squeeze(-1)
 
 
 def any_active(device: torch.device, active: torch.Tensor) -> bool:
-    """Whether any row is still active; True without looking while a CUDA graph is captured, where reading is illegal."""
+    """Whether any row is still active; True unseen while a CUDA graph is captured, where reading is illegal."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return True
     return bool(active.any())

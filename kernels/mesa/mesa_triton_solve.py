@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chunkwise solve as one Triton kernel: a chunk's whole conjugate-gradient iteration stays on chip.
 
-The plain torch iteration writes every vector of every step to memory; on a GPU that, and not the arithmetic, is its cost.
-Products run as three TF32 products each ("tf32x3"), which keeps them at float32 accuracy on the tensor cores.
+The plain torch iteration writes every vector of every step to memory; on a GPU that, and not the arithmetic, is its
+cost. Products run as three TF32 products each ("tf32x3"), which keeps them at float32 accuracy on the tensor cores.
 """
 
 import torch

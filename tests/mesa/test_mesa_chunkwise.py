@@ -332,7 +332,11 @@ class TestSolverInPlace:
     def test_float32_meets_the_tolerance(self):
         inputs = make_inputs("scream", length=100, dtype=torch.float32)
         x, _, _ = solution(inputs, 64, 1e-4)
-        assert (true_residual(inputs, x) <= 1.5e-4).all()
+        # The recurrence for the residual drifts from the true one by the rounding of each step's product, which is
+        # relative to the largest eigenvalue while the solution grows with the inverse of the smallest.
+        condition = 1 + inputs.beta.sum(1).max() / inputs.lam.min()
+        drift = 8 * torch.finfo(torch.float32).eps * condition
+        assert (true_residual(inputs, x) <= 1e-4 + drift).all()
 
     def test_tolerance_governs_the_error_of_the_output(self):
         inputs = make_inputs("power", length=60)
