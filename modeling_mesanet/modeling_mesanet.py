@@ -53,6 +53,19 @@ class MesaNetRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class MesaNetScaledEmbedding(nn.Embedding):
+    """Embedding times a constant. Scaled here, because `inputs_embeds` also carries the states between the stages of a
+    pipeline, and PEFT scales its adapters by an attribute of this name.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
 class PadOrder:
     """Moves pads out of a convolution's sight.
 
@@ -127,7 +140,7 @@ class MesaNetShortConvolution(nn.Conv1d):
 
 
 class MesaNetMixer(nn.Module):
-    """The Mesa layer (section 3 of arXiv 2506.05233): projections, convolutions, gates, the solve, head norm, output."""
+    """The Mesa layer (section 3 of arXiv 2506.05233): projections, convolutions, gates, solve, head norm, output."""
 
     def __init__(self, config: MesaNetConfig, layer_idx: int):
         super().__init__()
@@ -320,7 +333,9 @@ class MesaNetModel(MesaNetPreTrainedModel):
 
     def __init__(self, config: MesaNetConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = MesaNetScaledEmbedding(
+            config.vocab_size, config.hidden_size, config.effective_embedding_scale
+        )
         self.layers = nn.ModuleList(MesaNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -346,7 +361,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
             position_ids: only read to find packed sequences: where it does not rise by one, a new sequence starts
                 (without mask and cache). The model itself needs no positions.
             past_key_values: state to continue from, updated in place.
-            inputs_embeds: embeddings `[B, T, d]`, before the model's embedding scale.
+            inputs_embeds: embeddings `[B, T, d]`, as `get_input_embeddings()` makes them: with the embedding scale.
             use_cache: return the state; never started by itself in training mode or for packed sequences.
             kwargs: `cu_seq_lens_q` `[S + 1]` or `seq_idx` `[B, T]` mark packed sequences explicitly.
 
@@ -364,9 +379,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
         if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
             past_key_values = upgrade_cache(DynamicCache(config=self.config), self.config)
 
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden_states = inputs_embeds * self.config.effective_embedding_scale
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -414,6 +427,10 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `MesaNetModel.forward`.
         """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+            # The loss would notice too, but only after the cache has been updated.
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be {tuple(inputs.shape[:2])}.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -505,7 +522,7 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         )
     # Reading values waits for the device and cannot be traced.
     if inputs_embeds is not None and not torch.compiler.is_compiling() and not inputs_embeds.isfinite().all():
-        raise ValueError("inputs_embeds contains NaN or infinite values; they would spoil the recurrent state for good.")
+        raise ValueError("inputs_embeds contains NaN or infinite values; they would spoil the recurrent state.")
 
 
 def local_mask(
@@ -519,11 +536,13 @@ def local_mask(
     cached_batch = -1 if past_key_values is None else past_key_values.batch_size
     if cached_batch not in (-1, batch):
         raise ValueError(
-            f"the inputs have batch size {batch} but past_key_values holds {cached_batch} sequences; use a cache of the "
-            "same batch (past_key_values.batch_repeat_interleave(n) expands one)."
+            f"the inputs have batch size {batch} but past_key_values holds {cached_batch} sequences; use a cache of "
+            "the same batch (past_key_values.batch_repeat_interleave(n) expands one)."
         )
     if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("linear_attention")
+        if "linear_attention" not in attention_mask:
+            raise ValueError(f"attention_mask has the keys {sorted(attention_mask)}; it needs 'linear_attention'.")
+        attention_mask = attention_mask["linear_attention"]
     if attention_mask is None:
         return None
     tracing = torch.compiler.is_compiling()

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generate(): every way of decoding against the plain loop, continuation, compilation, and clear refusals."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
+
+from modeling_mesanet import MesaNetForCausalLM
+from modeling_mesanet.cache_mesanet import MesaNetCacheLayer
+
+NEW = 8
+GREEDY = {"max_new_tokens": NEW, "do_sample": False}
+
+
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> MesaNetForCausalLM:
+    """Untied, because an untrained tied head repeats its input; float64, so that no two tokens tie."""
+    return tiny_model(dtype=torch.float64, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def undecided_model(tiny_model) -> MesaNetForCausalLM:
+    """Its logits are so even that beams keep overtaking one another."""
+    return tiny_model(dtype=torch.float64, tie_word_embeddings=False, pad_token_id=0, logit_soft_cap=0.5)
+
+
+def snapshot(cache) -> list[torch.Tensor]:
+    slots = [s for layer in cache.layers for s in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    return [s.clone() for s in slots if s is not None] + [torch.as_tensor(cache.get_seq_length()).clone()]
+
+
+@torch.no_grad()
+def greedy(model, input_ids: torch.Tensor, steps: int = NEW) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy decoding written out, the whole sequence through the model for every token: tokens and their logits."""
+    logits = []
+    for _ in range(steps):
+        logits.append(model(input_ids, use_cache=False).logits[:, -1])
+        input_ids = torch.cat([input_ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+    return input_ids, torch.stack(logits)
+
+
+# ---------------------------------------------------------------------------------------------------- one prompt
+
+
+def test_the_test_model_writes_something_varied(model):
+    tokens, _ = greedy(model, random_ids(3, 9))
+    assert len(set(tokens[:, 9:].flatten().tolist())) > NEW, "repetition would hide errors"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "offloaded"},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 100},
+        {"prefill_chunk_size": 4, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prompt", ["ids", "embeddings"])
+def test_greedy(model, options, prompt):
+    input_ids = random_ids(3, 9)
+    tokens, logits = greedy(model, input_ids)
+    given = {"input_ids": input_ids}
+    if prompt == "embeddings":
+        given, tokens = {"inputs_embeds": model.get_input_embeddings()(input_ids)}, tokens[:, 9:]
+    output = model.generate(**given, **GREEDY, **options, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, tokens)
+    # generate() hands logits out in float32.
+    torch.testing.assert_close(torch.stack(output.logits), logits.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_greedy_with_the_users_cache(model, cache_class):
+    input_ids = random_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    if cache_class is StaticCache:
+        cache = StaticCache(config=model.config, max_cache_len=64)
+    output = model.generate(input_ids, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(output.sequences, greedy(model, input_ids)[0])
+    assert output.past_key_values is cache
+    assert all(type(layer) is MesaNetCacheLayer for layer in cache.layers)
+    assert cache.get_seq_length() == 9 + NEW - 1, "the last token was chosen, not consumed"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_left_padded_batch_equals_single_runs(model, static):
+    lengths = [9, 1, 5]
+    prompts = [random_ids(1, n, seed=n) for n in lengths]
+    batch = torch.cat([F.pad(prompt, (9 - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(prompt), (9 - prompt.shape[1], 0)) for prompt in prompts])
+    options = {"cache_implementation": "static"} if static else {}
+    for more in ({}, {"prefill_chunk_size": 3}, {"use_cache": False} if not static else {"prefill_chunk_size": 2}):
+        tokens = model.generate(batch, attention_mask=mask, **GREEDY, **options, **more)[:, 9:]
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(tokens[row], greedy(model, prompt)[0][0, prompt.shape[1] :])
+
+
+def test_a_finished_row_does_not_disturb_the_others(model):
+    input_ids = random_ids(3, 9)
+    tokens, _ = greedy(model, input_ids)
+    stop = int(tokens[0, 11])  # the third new token of the first row
+    output = model.generate(input_ids, eos_token_id=stop, **GREEDY)
+    for row in range(3):
+        new = tokens[row, 9:].tolist()
+        end = new.index(stop) + 1 if stop in new else NEW
+        assert output[row, 9 : 9 + end].tolist() == new[:end]
+        assert not output[row, 9 + end :].any(), "pads after the end"
+    assert output.shape[1] > 12, "some row must run on for this to test anything"
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(0, 99),
+    st.sampled_from([{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}]),
+)
+def test_greedy_over_random_prompts(model, batch, length, seed, options):
+    input_ids = random_ids(batch, length, seed)
+    tokens = model.generate(input_ids, max_new_tokens=3, do_sample=False, **options)
+    assert torch.equal(tokens, greedy(model, input_ids, steps=3)[0])
+
+
+# ------------------------------------------------------------------------------------------ sampling and searching
+
+
+def test_sampling_is_reproducible_and_independent_of_the_cache(model):
+    input_ids = random_ids(2, 9)
+    runs = {}
+    for name, options in {
+        "first": {},
+        "again": {},
+        "no cache": {"use_cache": False},
+        "static": {"cache_implementation": "static"},
+        "other seed": {},
+    }.items():
+        torch.manual_seed(1 if name == "other seed" else 0)
+        runs[name] = model.generate(input_ids, do_sample=True, max_new_tokens=12, top_k=50, top_p=0.95, **options)
+    for name in ("again", "no cache", "static"):
+        assert torch.equal(runs["first"], runs[name]), name
+    assert not torch.equal(runs["first"], runs["other seed"])
+
+
+def test_several_samples_of_a_prompt(model):
+    input_ids = random_ids(2, 9)
+    torch.manual_seed(0)
+    tokens = model.generate(input_ids, do_sample=True, max_new_tokens=12, num_return_sequences=3)
+    assert tokens.shape == (6, 21)
+    assert torch.equal(tokens[:, :9], input_ids.repeat_interleave(3, 0))
+    assert len({tuple(row.tolist()) for row in tokens}) == 6
+    torch.manual_seed(0)
+    uncached = model.generate(input_ids, do_sample=True, max_new_tokens=12, num_return_sequences=3, use_cache=False)
+    assert torch.equal(tokens, uncached)
+
+
+@pytest.mark.parametrize("prompt", ["plain", "padded"])
+def test_beams(undecided_model, prompt):
+    model = undecided_model
+    input_ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
+    if prompt == "padded":
+        mask[0, :4] = 0
+    options = {
+        "attention_mask": mask,
+        "num_beams": 4,
+        "num_return_sequences": 4,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        **GREEDY,
+    }
+    cached = model.generate(input_ids, **options)
+    reference = model.generate(input_ids, use_cache=False, **options)
+    static = model.generate(input_ids, cache_implementation="static", **options)
+    for output in (cached, static):
+        assert torch.equal(output.sequences, reference.sequences)
+        torch.testing.assert_close(output.sequences_scores, reference.sequences_scores, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(cached.sequences[0], cached.sequences[1])
+    moves = cached.beam_indices
+    assert (moves[:, 2:] != moves[:, 1:-1]).any(), "no beam ever changed place: reordering was not tested"
+
+
+def test_beams_from_the_users_cache(model):
+    prefix = random_ids(2, 6)
+    input_ids = torch.cat([prefix, random_ids(2, 3, seed=4)], dim=1)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    untouched = copy.deepcopy(cache)
+    expected = model.generate(input_ids, num_beams=3, use_cache=False, **GREEDY)
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(model.generate(input_ids, num_beams=3, past_key_values=cache, **GREEDY), expected)
+    before = snapshot(untouched)
+    with pytest.raises(ValueError, match=r"batch size 6 but past_key_values holds 2 .*batch_repeat_interleave"):
+        model.generate(input_ids, num_beams=3, past_key_values=untouched, **GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(untouched), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- continuation
+
+
+def turns(model, padded: bool) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A first turn in a cache; all tokens up to the second prompt, their mask, and the tokens expected after them."""
+    first, mask = random_ids(2, 6), torch.ones(2, 6).long()
+    if padded:
+        mask[1, :4] = 0
+    cache = DynamicCache(config=model.config)
+    spoken = model.generate(first, attention_mask=mask, past_key_values=cache, **GREEDY)
+    full = torch.cat([spoken, random_ids(2, 4, seed=3)], dim=1)
+    mask = F.pad(mask, (0, full.shape[1] - mask.shape[1]), value=1)
+    expected = model.generate(full, attention_mask=mask, use_cache=False, **GREEDY)
+    return cache, full, mask, expected[:, full.shape[1] :]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("prefill_chunk_size", [None, 2, 50])
+@pytest.mark.parametrize("way", ["full ids", "full ids and mask", "tail and full mask", "full embeddings"])
+def test_continuation(model, way, prefill_chunk_size, padded):
+    cache, full, mask, expected = turns(model, padded)
+    tail = full[:, int(cache.get_seq_length()) :]
+    assert tail.shape[1] == 5, "the last token of the first turn and four of the second"
+    arguments = {
+        "full ids": {"input_ids": full},
+        "full ids and mask": {"input_ids": full, "attention_mask": mask},
+        "tail and full mask": {"input_ids": tail, "attention_mask": mask},
+        "full embeddings": {"inputs_embeds": model.get_input_embeddings()(full), "attention_mask": mask},
+    }[way]
+    tokens = model.generate(past_key_values=cache, prefill_chunk_size=prefill_chunk_size, **arguments, **GREEDY)
+    assert torch.equal(tokens[:, -NEW:], expected)
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 2, 50])
+@pytest.mark.parametrize("tail", [5, 0, 13])
+def test_a_prompt_of_which_nothing_is_new_is_refused(model, tail, prefill_chunk_size):
+    """A short tail without a mask, and all cached tokens over again: transformers would feed the wrong ones."""
+    cache, full, _, _ = turns(model, padded=False)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=r"input_ids has no tokens|past_key_values already holds; pass all tokens"):
+        model.generate(full[:, :tail], past_key_values=cache, prefill_chunk_size=prefill_chunk_size, **GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
+
+
+def test_forks_of_one_prompt(model):
+    prompt = random_ids(1, 9)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt, past_key_values=cache)
+    for seed in (4, 5):
+        full = torch.cat([prompt, random_ids(1, 3, seed=seed)], dim=1)
+        tokens = model.generate(full, past_key_values=copy.deepcopy(cache), **GREEDY)
+        assert torch.equal(tokens, greedy(model, full)[0])
+    assert cache.get_seq_length() == 9
+
+
+# ---------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def dynamo():
+    """A clean compiler before and after, and its counters."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_step_prompt_and_padding(model, dynamo):
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for length, pads in ((5, 0), (8, 0), (8, 3)):
+        mask = torch.ones(2, length).bool()
+        mask[0, :pads] = False
+        full = random_ids(2, length + 4, seed=length)
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(full[:, :length], attention_mask=mask, past_key_values=cache)
+        for position in range(length, length + 4):
+            token = full[:, position : position + 1].clone(memory_format=torch.contiguous_format)
+            seen = F.pad(mask, (0, position + 1 - length), value=True)
+            expected = model(full[:, : position + 1], attention_mask=seen, use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(step(token, past_key_values=cache).logits, expected, rtol=1e-9, atol=1e-9)
+        assert cache.get_seq_length() == length + 4
+    assert dynamo["stats"]["unique_graphs"] == 1
+    assert not dynamo["graph_break"]
+
+
+def test_generate_compiles_its_step_once(model, dynamo):
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True  # transformers' own switch for compiling on CPU
+    for length, pads in ((5, 0), (9, 0), (9, 4)):
+        input_ids, mask = random_ids(2, length, seed=length), torch.ones(2, length).long()
+        mask[1, :pads] = 0
+        arguments = {"input_ids": input_ids, "attention_mask": mask, **GREEDY}
+        tokens = model.generate(cache_implementation="static", compile_config=compile_config, **arguments)
+        assert torch.equal(tokens, model.generate(use_cache=False, **arguments))
+    assert dynamo["stats"]["unique_graphs"] == 1
+    assert not dynamo["graph_break"]
+
+
+def test_training_and_prefill_compile_in_one_graph(tiny_model, dynamo):
+    model = tiny_model(dtype=torch.float64).train()
+    input_ids, mask = random_ids(2, 11), torch.ones(2, 11).bool()
+    mask[0, :3] = False
+    expected = model(input_ids, attention_mask=mask, labels=input_ids)
+    expected.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    # aot_eager traces the backward pass as well.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    output = compiled(input_ids, attention_mask=mask, labels=input_ids)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-9, atol=1e-9)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}, {"use_cache": False}], ids=str
+)
+def test_bad_prompts_get_one_clear_sentence(model, options):
+    embeds = model.get_input_embeddings()(random_ids(1, 5)).detach()
+    embeds[0, 2, 3] = torch.nan
+    for arguments, message in (
+        ({"input_ids": torch.zeros(1, 0).long()}, "input_ids has no tokens"),
+        ({"input_ids": torch.zeros(2, 0).long()}, "input_ids has no tokens"),
+        ({"inputs_embeds": torch.zeros(1, 0, 32).double()}, "inputs_embeds has no tokens"),
+        ({"inputs_embeds": embeds}, "inputs_embeds contains NaN or infinite values"),
+        ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 4)}, "attention_mask has shape (2, 4)"),
+        ({"input_ids": random_ids(2, 5), "attention_mask": torch.zeros(2, 6)}, "attention_mask has shape (2, 6)"),
+        ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(1, 5)}, "attention_mask has shape (1, 5)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            model.generate(**arguments, **options, **GREEDY)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mask_of_the_wrong_length_leaves_the_users_cache_alone(model):
+    cache, full, mask, _ = turns(model, padded=False)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model.generate(full[:, -5:], attention_mask=mask[:, 3:], past_key_values=cache, **GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
+
+
+def test_a_cache_without_a_config_is_refused(model):
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=r"made without a config; pass DynamicCache\(config=model.config\)"):
+        model.generate(random_ids(1, 5), past_key_values=cache, **GREEDY)
+    assert not cache.layers
+
+
+def test_decoding_that_takes_tokens_back_is_refused(model):
+    input_ids = random_ids(1, 9)
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="stateful models"):
+            model.generate(input_ids, **options, **GREEDY)
+    llama = LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        LlamaForCausalLM(llama).eval().generate(input_ids, assistant_model=model, **GREEDY)
+
+
+def test_paged_and_quantized_caches_are_refused(model):
+    with pytest.raises(ValueError, match="linear_attention"):
+        model.generate(random_ids(1, 5), cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ValueError, match="linear_attention"):
+        model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+
+
+# ----------------------------------------------------------------------------------------------------- odds and ends
+
+
+def test_generate_returns_what_it_is_asked_for(model):
+    output = model.generate(
+        random_ids(2, 5),
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_attentions=True,
+        output_scores=True,
+        **GREEDY,
+    )
+    assert [len(states) for states in output.hidden_states] == [3] * NEW
+    assert [tuple(states[0].shape) for states in output.hidden_states] == [(2, 5, 32)] + [(2, 1, 32)] * (NEW - 1)
+    assert output.attentions == ((),) * NEW
+    assert len(output.scores) == NEW
+    assert output.past_key_values.get_seq_length() == 5 + NEW - 1
+
+
+def test_logits_processors_see_the_whole_sequence(model):
+    lengths = []
+
+    class Recorder(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            lengths.append(input_ids.shape[1])
+            return scores
+
+    model.generate(random_ids(1, 5), logits_processor=LogitsProcessorList([Recorder()]), **GREEDY)
+    assert lengths == list(range(5, 5 + NEW))
+
+
+def test_a_prompt_from_nothing_is_the_bos_token(model):
+    assert torch.equal(model.generate(**GREEDY), greedy(model, torch.tensor([[1]]))[0])
