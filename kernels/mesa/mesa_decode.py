@@ -37,11 +37,16 @@ def decode_step(
             steps = torch.zeros(q.shape[:-1], dtype=torch.int32, device=q.device)
             residual = torch.zeros_like(beta)
         else:
-            lam = lam.unsqueeze(-2)
+            # One system a sequence and head, in one dimension: the plain batched product has the least overhead.
+            matrices = h.flatten(0, 1)
+            diagonal = lam.expand_as(q).reshape(-1, 1, lam.shape[-1])
             x, steps, residual = conjugate_gradient(
-                lambda p: torch.matmul(p, h).addcmul_(p, lam), b, max_steps=max_steps, tolerance=tolerance
+                lambda p: torch.bmm(p, matrices).addcmul_(p, diagonal),
+                b.flatten(0, 1),
+                max_steps=max_steps,
+                tolerance=tolerance,
             )
-            steps, residual = steps.squeeze(-1), residual.squeeze(-1)
+            x, steps, residual = x.view_as(b), steps.view_as(beta), residual.view_as(beta)
         return torch.matmul(x, g).squeeze(-2), steps, residual
 
 
