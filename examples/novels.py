@@ -50,13 +50,16 @@ class UsageError(Exception):
 
 
 def data_folder(given: Path | None) -> Path:
-    """The folder that holds `corpus/` and `perplexity/`: as given, else `MESANET_DATA`, else `../shared/data`."""
+    """The folder that holds `corpus/` and `perplexity/`: as given, else the environment variable `MESANET_DATA`."""
     if given is not None:
         origin, folder = "--data-dir", Path(given)
     elif os.environ.get("MESANET_DATA"):
         origin, folder = "MESANET_DATA", Path(os.environ["MESANET_DATA"])
     else:
-        origin, folder = "the default --data-dir", REPOSITORY.parent / "shared" / "data"
+        raise UsageError(
+            "--data-dir is missing: give it (or set MESANET_DATA to) the folder that holds "
+            "corpus/novels_train.jsonl.gz."
+        )
     if not (folder / "corpus").is_dir():
         raise UsageError(
             f"{origin} is {folder}, which has no folder 'corpus': give --data-dir (or set MESANET_DATA) to the folder "

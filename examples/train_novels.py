@@ -77,7 +77,7 @@ PRESETS = {
         "sequence_length": 2048,
         "batch_size": 16,
         "learning_rate": 4e-3,
-        "steps": 7000,
+        "steps": 4000,
         "eval_every": 500,
         "eval_tokens": 131072,
     },

@@ -70,7 +70,7 @@ def build_card(records: Path, checkpoint: Path) -> str:
         title=metadata.model_name,
         summary=SUMMARY,
         limits=LIMITS,
-        path="modeling_mesanet/checkpoints/novels",
+        path=bundled_checkpoint.__name__,
         records=records.name,
         training=training,
         recipe=training["recipe"],

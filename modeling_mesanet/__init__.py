@@ -12,6 +12,7 @@ if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir(
     __path__.append(str(_kernels))
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
+from .loading import load_checkpoint  # noqa: E402
 from .modeling_mesanet import (  # noqa: E402
     MesaNetForCausalLM,
     MesaNetForSequenceClassification,
@@ -49,4 +50,5 @@ __all__ = [
     "MesaNetModel",
     "MesaNetPreTrainedModel",
     "bundled_checkpoint",
+    "load_checkpoint",
 ]

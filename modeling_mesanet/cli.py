@@ -93,6 +93,16 @@ def _common(
         transformers_logging.disable_progress_bar()
 
 
+# Logits over a temperature below this are no float32 numbers any more.
+_LOWEST_TEMPERATURE = 1e-4
+
+
+def _temperature(value: float) -> float:
+    if 0 < _finite(value) < _LOWEST_TEMPERATURE:
+        raise typer.BadParameter(f"{value} is too small; give 0 for the likeliest token, or {_LOWEST_TEMPERATURE} up.")
+    return value
+
+
 def _finite(value: float) -> float:
     # The ranges of options let NaN through, since it compares false with everything.
     if not math.isfinite(value):
@@ -122,7 +132,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0.0, callback=_finite, help="Sampling temperature; 0 takes the likeliest token.")
+        float, typer.Option(min=0.0, callback=_temperature, help="Sampling temperature; 0 takes the likeliest token.")
     ] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, callback=_finite, help="Sample from this much probability mass.")
@@ -175,6 +185,10 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
             raise UserError(f"{source} cannot be read ({error.strerror}); give the path of a text file.") from error
     if not text.strip():
         raise UserError(f"{source} holds no text; give at least one word to continue.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of an argument that are no UTF-8 come as lone surrogates
+        raise UserError(f"{source} is not UTF-8 text; convert it to UTF-8.") from error
     return text
 
 

@@ -91,3 +91,10 @@ def _check_against_config(headers: dict[str, TensorHeader], config: MesaNetConfi
                 f"{where}, whose weights do not fit its config.json: {name} {found}; use the two files that were "
                 "saved together."
             )
+    # A tied head may have been saved beside the embedding.
+    extra = sorted(set(headers) - set(expected) - ({"lm_head.weight"} if config.tie_word_embeddings else set()))
+    if extra:
+        raise CheckpointError(
+            f"{where}, whose weights do not fit its config.json: {extra[0]} is not part of the model; use the two "
+            "files that were saved together."
+        )

@@ -139,6 +139,16 @@ class MesaNetShortConvolution(nn.Conv1d):
         return F.silu(y).transpose(1, 2), state
 
 
+class MesaNetGateProjection(nn.Linear):
+    """Linear map of `[B, T, d]` to one number a head, in float32 (or float64) whatever the dtypes of input and weight.
+
+    The gates act on the state at every token, so that the rounding of their logits would add up.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(upcast(x), upcast(self.weight))
+
+
 class MesaNetMixer(nn.Module):
     """The Mesa layer (section 3 of arXiv 2506.05233): projections, convolutions, gates, solve, head norm, output."""
 
@@ -155,8 +165,8 @@ class MesaNetMixer(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, key_channels, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_channels, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, value_channels, bias=False)
-        self.beta_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
-        self.gamma_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.beta_proj = MesaNetGateProjection(config.hidden_size, self.num_heads, bias=False)
+        self.gamma_proj = MesaNetGateProjection(config.hidden_size, self.num_heads, bias=False)
         self.output_gate_proj = (
             nn.Linear(config.hidden_size, value_channels, bias=False) if config.use_output_gate else None
         )
@@ -174,8 +184,8 @@ class MesaNetMixer(nn.Module):
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
-        beta = torch.sigmoid(upcast(self.beta_proj(x)) + upcast(self.beta_bias))
-        log_gamma = F.logsigmoid(upcast(self.gamma_proj(x)) + upcast(self.gamma_bias))
+        beta = torch.sigmoid(self.beta_proj(x) + upcast(self.beta_bias))
+        log_gamma = F.logsigmoid(self.gamma_proj(x) + upcast(self.gamma_bias))
         if self.config.forget_gate_bound is not None:
             log_gamma = log_gamma + torch.log1p((self.config.forget_gate_bound - 1) * beta.square())
         if mask is not None:
@@ -599,18 +609,19 @@ def packed_bounds(
         if seq_idx.shape != (batch, length):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; it must be {(batch, length)}.")
         markers["seq_idx"] = bounds_from_starts(seq_idx.diff(dim=1) != 0)
-    # transformers passes plain position_ids too; they mean packing only where nothing else explains a jump.
-    if position_ids is not None and mask is None and past_key_values is None and not tracing:
+    # An exported graph cannot branch on values. A compiled one breaks here, unless bounds are given as well.
+    unread = torch.compiler.is_exporting() or (tracing and (markers or past_key_values is not None))
+    if position_ids is not None and length > 1 and not unread:
         if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {(batch, length)}.")
-        starts = position_ids.diff(dim=1) != 1
-        if starts.any():
-            markers["position_ids"] = bounds_from_starts(starts.expand(batch, -1))
+        found = bounds_from_positions(position_ids.expand(batch, -1), mask, past_key_values is not None)
+        if found is not None:
+            markers["position_ids"] = found
     if not markers:
         return None
     if mask is not None or past_key_values is not None:
         raise ValueError(
-            "packed sequences (cu_seq_lens_q or seq_idx) were given together with pads in attention_mask or with "
+            f"packed sequences ({' and '.join(markers)}) were given together with pads in attention_mask or with "
             "past_key_values; drop one of them."
         )
     (name, bounds), *others = markers.items()
@@ -623,6 +634,26 @@ def packed_bounds(
                     "sequences begin; pass one of them."
                 )
     return bounds
+
+
+@torch.compiler.disable(reason="position_ids are read to find packed sequences; pass cu_seq_lens_q for a full graph")
+def bounds_from_positions(
+    position_ids: torch.Tensor, mask: torch.Tensor | None, continued: bool
+) -> torch.Tensor | None:
+    """Bounds `[S + 1]` of the sequences that `position_ids` `[B, T]` tell of, None where they tell of none.
+
+    transformers passes plain position_ids too. Where pads or a cache may explain a jump ahead, only a step back
+    between real tokens begins a sequence; else every step other than one.
+    """
+    if mask is None and not continued:
+        starts = position_ids.diff(dim=1) != 1
+        return bounds_from_starts(starts) if starts.any() else None
+    real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
+    # Among real tokens, position minus rank stays or (after pads that were counted) grows.
+    lead = position_ids - real.cumsum(dim=1)
+    highest = lead.masked_fill(~real, torch.iinfo(lead.dtype).min).cummax(dim=1).values
+    starts = real & (lead < highest)
+    return bounds_from_starts(starts[:, 1:]) if starts.any() else None
 
 
 def bounds_from_starts(starts: torch.Tensor) -> torch.Tensor:

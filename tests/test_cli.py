@@ -531,3 +531,15 @@ def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("generate", "doctor", "info"))
+
+
+def test_a_temperature_too_small_for_float32_is_a_usage_error():
+    result = invoke("generate", "--temperature", "1e-38")
+    assert result.exit_code == 2
+    assert "too small" in result.output
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(capsys):
+    result = invoke("generate", "--prompt", "caf\udce9")
+    assert result.exit_code == 1
+    assert "--prompt is not UTF-8 text" in result.output

@@ -529,6 +529,19 @@ def test_inputs_embeds_equal_input_ids(tiny_model):
     assert torch.equal(model(inputs_embeds=embeds).logits, model(input_ids).logits)
 
 
+def test_gates_are_computed_in_float32_in_a_bfloat16_model(tiny_model):
+    model = tiny_model().to(torch.bfloat16)
+    mixer = model.model.layers[0].mixer
+    x = torch.randn(1, 5, 32, dtype=torch.bfloat16)
+    beta, log_gamma = mixer.gates(x, None)
+    exact = torch.sigmoid(x.double() @ mixer.beta_proj.weight.double().T + mixer.beta_bias.double())
+    assert beta.dtype == log_gamma.dtype == torch.float32
+    torch.testing.assert_close(beta.double(), exact, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(random_ids(1, 5)).logits
+    assert hidden.isfinite().all()
+
+
 def test_logits_to_keep(tiny_model):
     model = tiny_model()
     input_ids = random_ids(2, 9)
@@ -664,6 +677,41 @@ def test_packed_equals_separate(tiny_model, markers, training):
     output = model(**packed, use_cache=True, output_hidden_states=True)
     assert output.past_key_values is None
     assert {state.shape for state in output.hidden_states} == {(1, sum(LENGTHS), 32)}
+
+
+def test_packed_equals_separate_when_compiled(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    input_ids, position_ids = random_ids(1, sum(LENGTHS)), pack()["position_ids"]
+    expected = torch.cat([model(piece).logits for piece in input_ids.split(LENGTHS, dim=1)], dim=1)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(input_ids, position_ids=position_ids, use_cache=False).logits, expected)
+    torch._dynamo.reset()  # else the graphs of above would serve
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    bounds = pack()["cu_seq_lens_q"]
+    for markers in ({"cu_seq_lens_q": bounds}, {"cu_seq_lens_q": bounds, "position_ids": position_ids}):
+        torch.testing.assert_close(whole(input_ids, use_cache=False, **markers).logits, expected)
+    with pytest.raises(Exception, match="pass cu_seq_lens_q for a full graph"):
+        whole(input_ids, use_cache=False, position_ids=position_ids)
+
+
+def test_packing_beside_pads_or_a_cache_is_refused(tiny_model):
+    model = tiny_model()
+    input_ids, position_ids = random_ids(1, 18), pack()["position_ids"]
+    mask = torch.ones(1, 18).long()
+    mask[0, -1] = 0
+    for other in ({"attention_mask": mask}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(ValueError, match=r"position_ids.* were given together with pads"):
+            model(input_ids, position_ids=position_ids, **other)
+
+
+def test_position_ids_of_padded_rows_are_no_packing(tiny_model):
+    model = tiny_model()
+    input_ids = random_ids(1, 8)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]])
+    expected = model(input_ids, attention_mask=mask).logits
+    counted, uncounted = torch.arange(8)[None], (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    for position_ids in (counted, uncounted):
+        assert torch.equal(model(input_ids, attention_mask=mask, position_ids=position_ids).logits, expected)
 
 
 def test_packed_rows_and_empty_sequences(tiny_model):

@@ -534,3 +534,15 @@ def test_mistakes_get_one_sentence(data, tmp_path, monkeypatch, program, argumen
         arguments = [*arguments, "--book", "tiny"]
     with pytest.raises(novels.UsageError, match=message.replace(".", r"\.")):
         invoke(program, *arguments)
+
+
+def test_the_preset_is_the_recipe_of_the_bundled_checkpoint():
+    log = Path(__file__).parents[1] / "model_cards" / "novels" / "training_log.json"
+    recipe = json.loads(log.read_text(encoding="utf-8"))["recipe"]
+    preset = train_novels.PRESETS["checkpoint"]
+    assert {name: value for name, value in preset.items() if not name.startswith("eval_")}.items() <= recipe.items()
+    defaults = {field.name: field.default for field in train_novels.dataclasses.fields(train_novels.Recipe)}
+    for name, value in recipe.items():
+        if name not in preset and name != "warmup_steps":
+            assert defaults[name] == value, name
+    assert recipe["warmup_steps"] == round(0.05 * recipe["steps"])

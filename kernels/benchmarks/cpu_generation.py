@@ -115,11 +115,11 @@ def main(
 
     # (ours, the loop's); the loop reads a shorter prompt, since its rate does not depend on the length.
     jobs = {
-        "prefill, 2048 tokens": (
+        "prefill, 2048 tokens; loop: whole model, token by token": (
             lambda n: prefill_rate(model, 2048, n),
             lambda n: prefill_rate(model, LOOP_TOKENS, n, piece=1),
         ),
-        "prefill, loop in the Mesa layers only": (
+        "prefill, 2048 tokens; loop: in the Mesa layers only": (
             lambda n: prefill_rate(model, 2048, n),
             lambda n: prefill_rate(model, LOOP_TOKENS, n),
         ),
@@ -133,7 +133,7 @@ def main(
         for count in {1, threads}:
             torch.set_num_threads(count)
             with LoopMesaLayers():
-                loop_rate = max(loop_rate, loop(1))
+                loop_rate = max(loop_rate, loop(repeats))
         torch.set_num_threads(threads)
         rows[name] = {"tokens_per_second": rate, "loop_tokens_per_second": loop_rate, "ratio": rate / loop_rate}
 

@@ -5,6 +5,7 @@ Every path (chunkwise, one-token step, the adjoint solve of the backward pass) s
 `||r|| <= tolerance * ||b||` and freezes it there, so that the same token gets the same answer however it is batched.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,36 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)
 
 
+class IeeeProducts:
+    """Switches float32 products to full precision while anyone needs them.
+
+    The switches belong to the process: the first thread to enter stores and sets them, the last to leave restores
+    them.
+    """
+
+    def __init__(self):
+        self.lock, self.users, self.before = threading.Lock(), 0, ()
+        self.switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = tuple(switch.fp32_precision for switch in self.switches)
+                for switch in self.switches:
+                    switch.fp32_precision = "ieee"
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                for switch, value in zip(self.switches, self.before, strict=True):
+                    switch.fp32_precision = value
+
+
+_IEEE_PRODUCTS = IeeeProducts()
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run products in the dtype of their operands: no autocast, no TF32, no bfloat16 in place of float32.
@@ -34,10 +65,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     speed settings must not reach the solver: on CPUs with bfloat16 products, `set_float32_matmul_precision("medium")`
     means those.
     """
-    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
-    if backend is not None:
-        before = backend.matmul.fp32_precision
-        backend.matmul.fp32_precision = "ieee"
+    _IEEE_PRODUCTS.enter()
     try:
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -45,8 +73,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         else:
             yield
     finally:
-        if backend is not None:
-            backend.matmul.fp32_precision = before
+        _IEEE_PRODUCTS.leave()
 
 
 def conjugate_gradient(

@@ -5,15 +5,16 @@ The plain torch iteration writes every vector of every step to memory; on a GPU 
 cost. Products run as three TF32 products each ("tf32x3"), which keeps them at float32 accuracy on the tensor cores.
 """
 
+import functools
+import os
+from collections.abc import Callable
+
 import torch
 
 from .mesa_solver import RESIDUAL_FLOOR
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the torch iteration runs everywhere
-    triton = None
+# Environment variable: "torch" keeps every solve in torch, "auto" (the default) uses the kernel where it fits.
+BACKEND_VARIABLE = "MESANET_BACKEND"
 
 # The state, the keys, the decay matrix and four vectors a token live in registers and shared memory together: with
 # sizes up to 64 that is 112 kB of float32, which 8 warps hold without spilling.
@@ -25,12 +26,29 @@ FUSED_SIZES = (16, 32, 64)
 FUSED_CAPABILITY = (8, 0)
 
 
+@functools.cache
+def load_kernel() -> tuple[Callable | None, str]:
+    """The kernel, or None and why there is none.
+
+    Imported at first use: a CPU pays neither for triton nor for its faults.
+    """
+    if os.environ.get(BACKEND_VARIABLE, "auto") == "torch":
+        return None, f"{BACKEND_VARIABLE} is torch"
+    try:
+        from .mesa_triton_kernels import fused_chunk_solve_kernel
+    # A triton that does not fit the installation fails in many ways; torch iterates then.
+    except Exception as error:
+        return None, f"triton cannot be imported ({type(error).__name__}: {error})"
+    return fused_chunk_solve_kernel, ""
+
+
 def fused_solve_runs_on(device: torch.device) -> tuple[bool, str]:
     """Whether the kernel runs on `device`, and why (not)."""
     if device.type != "cuda":
         return False, f"no Triton kernel runs on {device.type}"
-    if triton is None:
-        return False, "triton is not installed"
+    kernel, reason = load_kernel()
+    if kernel is None:
+        return False, reason
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < FUSED_CAPABILITY:
         return False, "the Triton solve needs an NVIDIA GPU of compute capability 8.0"
     return (
@@ -77,92 +95,28 @@ def fused_chunk_solve(
     steps = torch.empty(b.shape[:-1], dtype=torch.int32, device=b.device)
     residual = torch.empty(b.shape[:-1], dtype=b.dtype, device=b.device)
     h = h.flatten(0, 2)  # a view: only rows are strided
-    fused_chunk_solve_kernel[(lines * heads * chunks,)](
-        b=b,
-        k=k,
-        h=h,
-        lam=lam.contiguous(),
-        from_start=from_start.contiguous(),
-        weights=weights.contiguous(),
-        x=x,
-        steps=steps,
-        residual=residual,
-        max_steps=max_steps,
-        threshold=max(tolerance or 0.0, RESIDUAL_FLOOR[b.dtype]) ** 2,
-        tiny=torch.finfo(b.dtype).tiny,
-        h_stride=h.stride(0),
-        h_row_stride=h.stride(1),
-        heads=heads,
-        chunks=chunks,
-        C=size,
-        K=key_dim,
-        num_warps=8 if size * key_dim >= 4096 else 4,
-    )
+    kernel, _ = load_kernel()
+    # Triton launches on the current device, which may be another one.
+    with torch.cuda.device_of(b):
+        kernel[(lines * heads * chunks,)](
+            b=b,
+            k=k,
+            h=h,
+            lam=lam.contiguous(),
+            from_start=from_start.contiguous(),
+            weights=weights.contiguous(),
+            x=x,
+            steps=steps,
+            residual=residual,
+            max_steps=max_steps,
+            threshold=max(tolerance or 0.0, RESIDUAL_FLOOR[b.dtype]) ** 2,
+            tiny=torch.finfo(b.dtype).tiny,
+            h_stride=h.stride(0),
+            h_row_stride=h.stride(1),
+            heads=heads,
+            chunks=chunks,
+            C=size,
+            K=key_dim,
+            num_warps=8 if size * key_dim >= 4096 else 4,
+        )
     return x, steps, residual
-
-
-if triton is not None:
-
-    @triton.jit
-    def fused_chunk_solve_kernel(
-        b,
-        k,
-        h,
-        lam,
-        from_start,
-        weights,
-        x,
-        steps,
-        residual,
-        max_steps,
-        threshold,
-        tiny,
-        h_stride,
-        h_row_stride,
-        heads,
-        chunks,
-        C: tl.constexpr,
-        K: tl.constexpr,
-    ):
-        block = tl.program_id(0).to(tl.int64)
-        head = (block // chunks) % heads
-        row, channel = tl.arange(0, C), tl.arange(0, K)
-        vectors = block * C * K + row[:, None] * K + channel[None, :]
-        keys = tl.load(k + vectors)
-        state = tl.load(h + block * h_stride + channel[:, None] * h_row_stride + channel[None, :])
-        weight = tl.load(weights + block * C * C + row[:, None] * C + row[None, :])
-        decay = tl.load(from_start + block * C + row)[:, None]
-        regularizer = tl.load(lam + head * K + channel)[None, :]
-
-        # Rows in units of their norm; the largest entry first, so that squares cannot overflow.
-        r = tl.load(b + vectors)
-        peak = tl.maximum(tl.max(tl.abs(r), 1), tiny)
-        r = r / peak[:, None]
-        norm = tl.maximum(tl.sqrt(tl.sum(r * r, 1)), tiny)
-        r = r / norm[:, None]
-        p = r
-        solution = tl.zeros_like(r)
-        rr = tl.sum(r * r, 1)
-        active = rr > threshold
-        count = tl.zeros([C], dtype=tl.int32)
-        step = 0
-        remaining = tl.max(active.to(tl.int32), 0)
-        while (step < max_steps) & (remaining > 0):
-            inside = tl.dot(p, tl.trans(keys), input_precision="tf32x3") * weight
-            a = tl.dot(inside, keys, input_precision="tf32x3")
-            a += tl.dot(p, state, input_precision="tf32x3") * decay + regularizer * p
-            curvature = tl.sum(p * a, 1)
-            active = active & (curvature > 0)
-            alpha = tl.where(active, rr / curvature, 0.0)[:, None]
-            solution += alpha * p
-            r -= alpha * a
-            count += active.to(tl.int32)
-            rr_next = tl.sum(r * r, 1)
-            p = r + (rr_next / tl.maximum(rr, tiny))[:, None] * p
-            rr = rr_next
-            active = active & (rr > threshold)
-            step += 1
-            remaining = tl.max(active.to(tl.int32), 0)
-        tl.store(x + vectors, solution * norm[:, None] * peak[:, None])
-        tl.store(steps + block * C + row, count)
-        tl.store(residual + block * C + row, tl.sqrt(rr))

@@ -93,6 +93,19 @@ def test_interpreted_kernel_agrees_with_torch():
     check(json.loads(run.stdout.splitlines()[-1]))
 
 
+def test_a_broken_triton_or_the_environment_leaves_the_solve_to_torch(monkeypatch):
+    mesa_triton_solve.load_kernel.cache_clear()
+    monkeypatch.setenv("MESANET_BACKEND", "torch")
+    assert mesa_triton_solve.load_kernel() == (None, "MESANET_BACKEND is torch")
+    mesa_triton_solve.load_kernel.cache_clear()
+    monkeypatch.delenv("MESANET_BACKEND")
+    monkeypatch.setitem(sys.modules, "modeling_mesanet.mesa.mesa_triton_kernels", None)
+    kernel, reason = mesa_triton_solve.load_kernel()
+    assert kernel is None
+    assert "triton cannot be imported" in reason
+    mesa_triton_solve.load_kernel.cache_clear()
+
+
 def test_torch_iterates_on_a_cpu():
     assert not mesa_triton_solve.fused_solve_fits(torch.zeros(1, 1, 1, 32, 64))
 
