@@ -33,7 +33,7 @@ INITIAL_FORGETTING = (1e-1, 1e-3)
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """`x` in float32, or in float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class MesaNetRMSNorm(nn.Module):
@@ -45,9 +45,7 @@ class MesaNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = upcast(x)
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * upcast(self.weight)).to(x.dtype)
+        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -103,10 +103,10 @@ def conjugate_gradient(
     threshold = torch.full((), max(tolerance or 0.0, RESIDUAL_FLOOR[b.dtype]) ** 2, dtype=b.dtype, device=b.device)
     zero, tiny = b.new_zeros(()), torch.finfo(b.dtype).tiny
     # Two-stage norm: the largest entry first, so that squares cannot overflow. NaN passes through to the solution.
-    peak = b.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    peak = torch.linalg.vector_norm(b, torch.inf, dim=-1, keepdim=True).clamp_min_(tiny)
     r = b / peak
-    norm = r.square().sum(-1, keepdim=True).sqrt().clamp_min(tiny)
-    r = r / norm
+    norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True).clamp_min_(tiny)
+    r /= norm
     p = r.clone()
     x = torch.zeros_like(r)
     rr = r.square().sum(-1, keepdim=True)
