@@ -7,14 +7,18 @@ cost. Products run as three TF32 products each ("tf32x3"), which keeps them at f
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 
-from .mesa_solver import RESIDUAL_FLOOR
+from .mesa_solver import RESIDUAL_FLOOR, conjugate_gradient, l2_normalize
 
 # Environment variable: "torch" keeps every solve in torch, "auto" (the default) uses the kernel where it fits.
 BACKEND_VARIABLE = "MESANET_BACKEND"
+
+# Relative difference to torch that the first use on a device lets pass.
+SELF_TEST_TOLERANCE = 1e-4
 
 # The state, the keys, the decay matrix and four vectors a token live in registers and shared memory together: with
 # sizes up to 64 that is 112 kB of float32, which 8 warps hold without spilling.
@@ -64,7 +68,41 @@ def fused_solve_fits(b: torch.Tensor) -> bool:
         and b.shape[-1] in FUSED_SIZES
         and b.shape[-2] in FUSED_SIZES
         and fused_solve_runs_on(b.device)[0]
+        and kernel_is_right(b.device, b.shape[-2], b.shape[-1])
     )
+
+
+@functools.cache
+def kernel_is_right(device: torch.device, size: int, key_dim: int) -> bool:
+    """Whether the kernel compiles for chunks of `size` and heads of `key_dim` on `device` and agrees with torch there.
+
+    Tried once, on one chunk; a kernel that fails is not used, with a warning.
+    """
+    generator = torch.Generator().manual_seed(0)
+    k, b = (torch.randn(1, 1, 1, size, key_dim, generator=generator).to(device) for _ in range(2))
+    k = l2_normalize(k)
+    h, weights = k.transpose(-1, -2) @ k, torch.ones(1, 1, 1, size, size, device=device).tril()
+    lam, from_start = torch.ones(1, key_dim, device=device), torch.full_like(k[..., :1], 0.5)
+    options = {"max_steps": 64, "tolerance": 1e-6}
+
+    def matvec(p: torch.Tensor) -> torch.Tensor:
+        return from_start * (p @ h) + ((p @ k.transpose(-1, -2)) * weights) @ k + lam * p
+
+    expected, _, _ = conjugate_gradient(matvec, b, **options)
+    try:
+        x, _, _ = fused_chunk_solve(b, k, h, lam, from_start, weights, **options)
+        error = ((x - expected).norm() / expected.norm()).item()
+        problem = None if error <= SELF_TEST_TOLERANCE else f"a relative error of {error:.1e}"
+    # Whatever a compiler or driver raises: the solve goes on without it.
+    except Exception as failure:
+        problem = f"{type(failure).__name__}: {failure}"
+    if problem is not None:
+        warnings.warn(
+            f"The Triton solve for heads of {key_dim} does not work on {device} ({problem}); torch solves instead, "
+            f"more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
+            stacklevel=2,
+        )
+    return problem is None
 
 
 def fused_chunk_solve(

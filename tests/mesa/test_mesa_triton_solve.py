@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,41 @@ def test_a_broken_triton_or_the_environment_leaves_the_solve_to_torch(monkeypatc
     mesa_triton_solve.load_kernel.cache_clear()
 
 
+def solve_by_torch(b, k, h, lam, from_start, weights, **options):
+    factors = SimpleNamespace(from_start=from_start)
+    return mesa_chunkwise.chunk_solve(b, k, h, lam, factors, weights, **options)
+
+
+def fail(*arguments, **options):
+    raise RuntimeError("PassManager::run failed")
+
+
+def solve_wrongly(*arguments, **options):
+    x, steps, residual = solve_by_torch(*arguments, **options)
+    return x * 1.001, steps, residual
+
+
+@pytest.mark.parametrize(
+    ("solve", "warning"),
+    [
+        (solve_by_torch, None),
+        (fail, "RuntimeError: PassManager::run failed"),
+        (solve_wrongly, "a relative error of 1.0e-03"),
+    ],
+)
+def test_first_use_checks_the_kernel(monkeypatch, solve, warning):
+    monkeypatch.setattr(mesa_triton_solve, "fused_chunk_solve", solve)
+    # The cache would keep the verdict on a patched kernel.
+    check = mesa_triton_solve.kernel_is_right.__wrapped__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        right = check(torch.device("cpu"), 16, 32)
+    assert right == (warning is None)
+    assert len(caught) == (warning is not None)
+    if warning is not None:
+        assert warning in str(caught[0].message)
+
+
 def test_torch_iterates_on_a_cpu():
     assert not mesa_triton_solve.fused_solve_fits(torch.zeros(1, 1, 1, 32, 64))
 
@@ -121,6 +158,8 @@ def test_compiled_kernel_agrees_with_torch():
 @pytest.mark.parametrize("key_dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 def test_attention_on_a_gpu_agrees_with_the_oracle(key_dim, chunk_size):
+    fits = key_dim in mesa_triton_solve.FUSED_SIZES
+    assert mesa_triton_solve.fused_solve_fits(torch.zeros(1, 1, 1, chunk_size, key_dim, device="cuda")) == fits
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 150, 2, key_dim, generator=generator) for _ in range(3))
     log_gamma = torch.nn.functional.logsigmoid(torch.randn(2, 150, 2, generator=generator) + 4)
