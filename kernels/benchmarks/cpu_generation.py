@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from modeling_mesanet import MesaNetForCausalLM, bundled_checkpoint, modeling_mesanet
 from modeling_mesanet.mesa import MesaOutput, mesa_reference
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu_generation.json"
 # Logits of the two implementations differ by the solver's tolerance and float32 rounding.
 AGREEMENT = 5e-3
 LOOP_TOKENS = 256
+TEXT = Path(__file__).parents[2] / "LICENSE"
 
 
 def attention_by_loop(*tensors, initial_state=None, output_final_state=False, **options) -> MesaOutput:
@@ -61,9 +63,16 @@ class LoopMesaLayers:
         modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step = self.saved
 
 
+def english(batch: int, tokens: int) -> torch.Tensor:
+    """Prompts of real text, `[batch, tokens]`: on random tokens the solver would take more steps than a user sees."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())
+    ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    return torch.stack([ids[start : start + tokens] for start in range(0, batch * 200, 200)])
+
+
 def prefill_rate(model: MesaNetForCausalLM, tokens: int, repeats: int, piece: int | None = None) -> float:
     """Median tokens per second of reading a prompt as `generate` does, in pieces of `piece` tokens (None: at once)."""
-    ids = torch.randint(model.config.vocab_size, (1, tokens))
+    ids = english(1, tokens)
     seconds = []
     for _ in range(repeats):
         state = None
@@ -76,7 +85,7 @@ def prefill_rate(model: MesaNetForCausalLM, tokens: int, repeats: int, piece: in
 
 def decode_rate(model: MesaNetForCausalLM, batch: int, tokens: int, repeats: int) -> float:
     """Median tokens per second, all sequences together, of greedy generation after a prompt of 64 tokens."""
-    ids = torch.randint(model.config.vocab_size, (batch, 64))
+    ids = english(batch, 64)
     seconds = []
     for _ in range(repeats):
         state = model(ids, use_cache=True, logits_to_keep=1)
@@ -106,7 +115,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = MesaNetForCausalLM.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
-    ids = torch.randint(model.config.vocab_size, (1, 100))
+    ids = english(1, 100)
     ours = model(ids).logits
     with LoopMesaLayers():
         error = ((model(ids).logits - ours).norm() / ours.norm()).item()
