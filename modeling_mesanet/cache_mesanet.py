@@ -39,14 +39,20 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             raise AttributeError("batch_size is known after the first forward pass")
         return self.recurrent_states[RECURRENT_H].shape[0]
 
-    def fits(self, config: PreTrainedConfig) -> bool:
-        """Whether a layer of the model with `config` can continue from here; an unused layer takes any sizes."""
-        if self.number_of_states != config.number_of_conv_states:
-            return False
-        sizes = (config.num_attention_heads, config.head_dim, config.value_head_dim)
-        return not self.is_initialized or (
-            self.recurrent_states[RECURRENT_G].shape[1:] == sizes
-            and self.conv_states[CONV_Q].shape[-1] == config.conv_kernel_size - 1
+    def fits(self, conv_states: int, heads_key_value: tuple[int, int, int], memory: int) -> bool:
+        """Whether a layer of these sizes can continue from here; an unused layer takes any but the first.
+
+        Args:
+            conv_states: convolutions of the layer.
+            heads_key_value: H, K and V.
+            memory: `conv_kernel_size - 1`.
+        """
+        return self.number_of_states == conv_states and (
+            not self.is_initialized
+            or (
+                self.recurrent_states[RECURRENT_G].shape[1:] == heads_key_value
+                and self.conv_states[CONV_Q].shape[-1] == memory
+            )
         )
 
     def get_seq_length(self) -> torch.Tensor | int:
@@ -106,6 +112,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def make_writable(self) -> None:
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
+        if torch.is_inference_mode_enabled():
+            return
         self._map_states(self._writable)
         self.seen_tokens = self._writable(self.seen_tokens)
 
@@ -164,9 +172,15 @@ def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
         raise ValueError(
             f"past_key_values has {len(cache.layers)} layers but the model has {config.num_hidden_layers}; {remedy}"
         )
+    # Read once: a config's attributes are slow, and this runs at every token.
+    sizes = (
+        config.number_of_conv_states,
+        (config.num_attention_heads, config.head_dim, config.value_head_dim),
+        config.conv_kernel_size - 1,
+    )
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, MesaNetCacheLayer):
-            if not layer.fits(config):
+            if not layer.fits(*sizes):
                 raise ValueError(f"past_key_values holds the state of another model at layer {index}; {remedy}")
         elif type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
             raise ValueError(f"past_key_values holds a {type(layer).__name__} at layer {index}; {remedy}")

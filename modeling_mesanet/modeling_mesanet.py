@@ -235,10 +235,11 @@ class MesaNetMixer(nn.Module):
             "max_steps": config.cg_max_steps_training if self.training else config.cg_max_steps,
             "tolerance": config.cg_tolerance_training if self.training else config.cg_tolerance,
         }
-        state = None if cache is None else cache.recurrent_state()
-        if state is not None and length == 1 and not torch.is_grad_enabled():
+        in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
+        if in_place:
             cache.make_writable()
-            state = cache.recurrent_state()
+        state = None if cache is None else cache.recurrent_state()
+        if in_place and state is not None:
             output = mesa_step(*arguments, state, **solver)
         else:
             output = mesa_attention(
