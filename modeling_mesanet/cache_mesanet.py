@@ -112,7 +112,7 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def make_writable(self) -> None:
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
-        if torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
         self._map_states(self._writable)
         self.seen_tokens = self._writable(self.seen_tokens)
