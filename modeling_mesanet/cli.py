@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from .loading import CheckpointError, find_checkpoint, load_checkpoint, load_tokenizer
+from .mesa import BackendError
 
 DEFAULT_PROMPT = "It was a dark night"
 
@@ -57,7 +58,7 @@ def _exit_codes(context: typer.Context) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, BackendError) as error:
         if context.obj["debug"]:
             raise
         typer.echo(f"mesanet: error: {error}", err=True)

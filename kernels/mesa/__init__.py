@@ -11,8 +11,10 @@ from .mesa_operator import (
     select_backend,
 )
 from .mesa_reference import mesa_reference
+from .mesa_triton_solve import BackendError
 
 __all__ = [
+    "BackendError",
     "MesaOutput",
     "MesaState",
     "SolverStats",

@@ -24,10 +24,13 @@ SELF_TEST_TOLERANCE = 1e-4
 # sizes up to 64 that is 112 kB of float32, which 8 warps hold without spilling.
 FUSED_SIZES = (16, 32, 64)
 
-
 # TF32 products exist from this compute capability on; its devices also have the shared memory (82 kB at most, 131 kB
 # where the compiler uses Hopper's instructions).
 FUSED_CAPABILITY = (8, 0)
+
+
+class BackendError(ValueError):
+    """The environment asks for a backend that does not exist."""
 
 
 @functools.cache
@@ -35,8 +38,14 @@ def load_kernel() -> tuple[Callable | None, str]:
     """The kernel, or None and why there is none.
 
     Imported at first use: a CPU pays neither for triton nor for its faults.
+
+    Raises:
+        BackendError: the environment variable has another value than "auto" or "torch".
     """
-    if os.environ.get(BACKEND_VARIABLE, "auto") == "torch":
+    backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "torch"):
+        raise BackendError(f"{BACKEND_VARIABLE} is {backend!r}; set it to 'auto' or 'torch', or unset it.")
+    if backend == "torch":
         return None, f"{BACKEND_VARIABLE} is torch"
     try:
         from .mesa_triton_kernels import fused_chunk_solve_kernel
@@ -55,10 +64,8 @@ def fused_solve_runs_on(device: torch.device) -> tuple[bool, str]:
         return False, reason
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < FUSED_CAPABILITY:
         return False, "the Triton solve needs an NVIDIA GPU of compute capability 8.0"
-    return (
-        True,
-        f"head sizes and chunks of {', '.join(map(str, FUSED_SIZES))} in float32 are solved by a Triton kernel",
-    )
+    sizes = ", ".join(map(str, FUSED_SIZES))
+    return True, f"a Triton kernel solves heads and chunks of {sizes} in float32, torch operators all others"
 
 
 def fused_solve_fits(b: torch.Tensor) -> bool:

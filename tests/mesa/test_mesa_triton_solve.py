@@ -99,7 +99,10 @@ def test_a_broken_triton_or_the_environment_leaves_the_solve_to_torch(monkeypatc
     mesa_triton_solve.load_kernel.cache_clear()
     monkeypatch.setenv("MESANET_BACKEND", "torch")
     assert mesa_triton_solve.load_kernel() == (None, "MESANET_BACKEND is torch")
+    monkeypatch.setenv("MESANET_BACKEND", "tritn")
     mesa_triton_solve.load_kernel.cache_clear()
+    with pytest.raises(ValueError, match="MESANET_BACKEND is 'tritn'; set it to 'auto' or 'torch'"):
+        mesa_triton_solve.load_kernel()
     monkeypatch.delenv("MESANET_BACKEND")
     monkeypatch.setitem(sys.modules, "modeling_mesanet.mesa.mesa_triton_kernels", None)
     kernel, reason = mesa_triton_solve.load_kernel()
