@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .mesa import mesa_attention, mesa_step
+from .mesa import gates, head_norm, mesa_attention, mesa_step, short_convolution
 
 # At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
 # memories of about ten to a thousand tokens.
@@ -37,15 +37,18 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 
 class MesaNetRMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, in the dtype of `x`."""
+    """`x / sqrt(mean(x^2) + eps) * weight`, if gated times `silu(gate)`, over the last dimension, in the dtype of `x`.
+
+    Computed in float32 (or float64).
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return head_norm(x, self.weight, self.eps, gate)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -112,29 +115,14 @@ class MesaNetShortConvolution(nn.Conv1d):
         Returns:
             `[B, T, channels]` and the state after the last token.
         """
-        memory = self.kernel_size[0] - 1
-        inputs = x.transpose(1, 2)
-        if cu_seqlens is not None:
-            # Each sequence gets W - 1 zeros of its own in front.
-            tokens = torch.arange(x.shape[1], device=x.device)
-            sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
-            positions = tokens + sequence * memory
-            spread = inputs.new_zeros(*inputs.shape[:2], x.shape[1] + (cu_seqlens.shape[0] - 1) * memory)
-            y = super().forward(spread.index_copy(2, positions + memory, inputs))[..., positions]
-            state = inputs[..., :0]
-        else:
-            state = inputs.new_zeros(*inputs.shape[:2], memory) if state is None else state.to(x.dtype)
-            inputs = torch.cat([state, inputs], dim=-1)
-            if pads is not None:
-                inputs = pads.sort(inputs)
-            if x.shape[1] == 1:  # a dot product costs a fraction of a convolution call
-                y = (inputs * self.weight.squeeze(1)).sum(-1, keepdim=True)
-            else:
-                y = super().forward(inputs)
-            if pads is not None:
-                y = pads.restore(y)
-            state = inputs[..., -memory:]
-        return F.silu(y).transpose(1, 2), state
+        weight = self.weight.squeeze(1)
+        if pads is None:
+            return short_convolution(x, weight, state, cu_seqlens)
+        memory = weight.shape[1] - 1
+        state = x.new_zeros(x.shape[0], x.shape[2], memory) if state is None else state.to(x.dtype)
+        inputs = pads.sort(torch.cat([state, x.transpose(1, 2)], dim=-1))
+        y, state = short_convolution(inputs[..., memory:].transpose(1, 2), weight, inputs[..., :memory])
+        return pads.restore(y.transpose(1, 2)).transpose(1, 2), state
 
 
 class MesaNetGateProjection(nn.Linear):
@@ -182,14 +170,8 @@ class MesaNetMixer(nn.Module):
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
-        beta = torch.sigmoid(self.beta_proj(x) + upcast(self.beta_bias))
-        log_gamma = F.logsigmoid(self.gamma_proj(x) + upcast(self.gamma_bias))
-        if self.config.forget_gate_bound is not None:
-            log_gamma = log_gamma + torch.log1p((self.config.forget_gate_bound - 1) * beta.square())
-        if mask is not None:
-            beta = beta.masked_fill(~mask.unsqueeze(-1), 0.0)
-            log_gamma = log_gamma.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return beta, log_gamma
+        biases = upcast(self.beta_bias), upcast(self.gamma_bias)
+        return gates(self.beta_proj(x), self.gamma_proj(x), *biases, self.config.forget_gate_bound, mask)
 
     def regularizer(self) -> torch.Tensor:
         """The diagonal of Lambda, float32 `[H, K]`."""
@@ -253,9 +235,10 @@ class MesaNetMixer(nn.Module):
         if cache is not None:
             cache.write(conv_states, output.final_state, length)
 
-        o = self.o_norm(output.o)
+        gate = None
         if self.output_gate_proj is not None:
-            o = o * F.silu(self.output_gate_proj(hidden_states)).unflatten(-1, (self.num_heads, -1))
+            gate = self.output_gate_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        o = self.o_norm(output.o, gate)
         return self.o_proj(o.flatten(2)).reshape(shape)
 
 

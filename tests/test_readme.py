@@ -64,7 +64,9 @@ def test_figures_are_those_of_the_results_files():
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     for name in tables.TABLES:
-        assert f"<!-- results: {name} -->\n| " in README
+        # What only a GPU can measure may not have been measured yet.
+        if name != "gpu_operators" or tables.results_of(name):
+            assert f"<!-- results: {name} -->\n| " in README
     assert tables.render(README) == README
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the figures of `results/` into the README: `python kernels/benchmarks/readme_tables.py`.
 
-A table NAME stands between `<!-- results: NAME -->` and `<!-- end results -->` and comes from `results/NAME.json`.
+A table NAME stands between `<!-- results: NAME -->` and `<!-- end results -->` and comes from `results/NAME.json`, or
+from each `results/NAME_<machine>.json`.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
+RESULTS = BENCHMARKS / "results"
 README = BENCHMARKS.parents[1] / "README.md"
 
 
@@ -30,18 +32,145 @@ def cpu_generation(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"cpu_generation": cpu_generation}
+# What is aimed at on an H200: a name, the section and what is equal in its rows, our solver setting, the measure, and
+# the largest value wanted.
+FORWARD = {"batch": 16, "length": 2048, "heads": 12, "size": 128, "kind": "easy"}
+LONG, HARD = FORWARD | {"batch": 1, "length": 32768}, FORWARD | {"kind": "hard"}
+TIME_GOALS = (
+    ("forward, 16 x 2048", "forward", FORWARD, "tolerance 1e-4", 1.6),
+    ("the same, 30 steps asked for", "forward", FORWARD, "30 steps", 2.6),
+    ("the same, hard inputs", "forward", HARD, "tolerance 1e-4", 3.2),
+    ("forward, 1 x 32768", "forward", LONG, "tolerance 1e-4", 1.8),
+    ("forward + backward, 16 x 2048", "backward", FORWARD, "tolerance 1e-4", 5.5),
+)
+DECODE_GOALS = {1: 20, 8: 22, 64: 100, 256: 320}  # microseconds by batch
+FIRST_CALL_GOAL = 15  # seconds
+ERROR_GOALS = {"tolerance 1e-3": 1e-3, "tolerance 1e-4": 2e-4}  # in every family of inputs
+SHOWN_FAMILIES = {"easy": "easy", "scream": "near-constant keys", "rank8": "rank-8 keys"}
+NEIGHBOURS = {"gdn": "Gated DeltaNet", "gla": "gated linear attention", "sdpa": "flash attention (SDPA)"}
 
 
-def render(text: str) -> str:
-    """`text` with every table made anew from its results file."""
+def find(results: dict, section: str, **wanted) -> dict:
+    """The first row of a section in which all of `wanted` is so; empty where there is none."""
+    rows = results.get(section, [])
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})
+
+
+def goal_row(name: str, unit: str, goal: float, peer: float | None, ours: float | None, failed: str | None) -> str:
+    """One line of the goal table; a goal that is not reached is called missed."""
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g} {unit}"
+
+    # Written so that NaN misses.
+    missed = ", missed" if ours is not None and not ours <= goal else ""
+    ratio = f"{peer / ours:.1f}" if peer and ours else "-"
+    return f"| {name} | {shown(peer)} | at most {goal:g} {unit} | {failed or shown(ours) + missed} | {ratio} |"
+
+
+def error_row(results: dict, setting: str, goal: float) -> str:
+    """Errors of the families shown; a family beyond the goal, shown or not, is named."""
+    rows = [find(results, "errors", family=family)["errors"] for family in SHOWN_FAMILIES]
+    ours = [row.get(f"mesa, {setting}") for row in rows]
+    # Where the peer does not take float32 values, its output in bfloat16 stands.
+    peer = [row.get("peer, 30 steps, float32 values", row.get("peer, 30 steps")) for row in rows]
+
+    def shown(errors: list[float | None]) -> str:
+        return " / ".join("-" if error is None else f"{error:.1e}" for error in errors)
+
+    ratios = [f"{a / b:,.0f}" if a and b else "-" for a, b in zip(peer, ours, strict=True)]
+    everywhere = [(row["family"], row["errors"].get(f"mesa, {setting}")) for row in results["errors"]]
+    beyond = dict.fromkeys(family for family, error in everywhere if error is not None and not error <= goal)
+    missed = f", missed by {', '.join(beyond)}" if beyond else ""
+    return (
+        f"| relative error of o, {setting}: {' / '.join(SHOWN_FAMILIES.values())} | {shown(peer)} | "
+        f"at most {goal:.0e}, everywhere | {shown(ours)}{missed} | {' / '.join(ratios)} |"
+    )
+
+
+def gpu_operators(results: dict) -> str:
+    """The Mesa operator beside flash-linear-attention's, and the goals."""
+    lines = ["| | peer | goal on an H200 | ours | peer / ours |", "|---|---|---|---|---|"]
+    for name, section, case, setting, goal in TIME_GOALS:
+        peer = find(results, section, operator="peer", setting="30 steps", **case)
+        ours = find(results, section, operator="mesa", setting=setting, **case)
+        failed = "wrong or broken" if "failed" in ours else None
+        lines.append(goal_row(name, "ms", goal, peer.get("ms"), ours.get("ms"), failed))
+    eager = []
+    for batch, goal in DECODE_GOALS.items():
+        peer = find(results, "decode", operator="peer", setting="30 steps", batch=batch)
+        ours = find(results, "decode", operator="mesa", setting="tolerance 1e-4", batch=batch)
+        failed = "wrong or broken" if "failed" in ours else None
+        times = [row.get("graph", {}).get("us") for row in (peer, ours)]
+        lines.append(goal_row(f"decode step, batch {batch}", "us", goal, *times, failed))
+        times = [row.get("eager", {}).get("us") for row in (peer, ours)]
+        eager.append(" and ".join("-" if us is None else f"{us:.3g}" for us in times))
+    peer, ours = (find(results, "cold", operator=operator) for operator in ("peer", "mesa"))
+    failed = "wrong or broken" if "failed" in ours else None
+    seconds = [row.get("first_call_s") for row in (peer, ours)]
+    name = "first forward + backward of a process, nothing compiled"
+    lines.append(goal_row(name, "s", FIRST_CALL_GOAL, *seconds, failed))
+    if "errors" in results:
+        lines += [error_row(results, setting, goal) for setting, goal in ERROR_GOALS.items()]
+
+    versions = results["versions"]
+    around = [
+        f"{name} {row['ms']:.3g}"
+        for operator, name in NEIGHBOURS.items()
+        if "ms" in (row := find(results, "neighbours", operator=operator, backward=False, **FORWARD))
+    ]
+    lines.append("")
+    if results["figure"]:
+        lines += [f"![times and errors](kernels/benchmarks/results/{results['figure']})", ""]
+    lines.append(
+        f"{results['gpu']}, driver {results['driver']}, torch {versions['torch']}, triton {versions['triton']}, peer: "
+        f"flash-linear-attention {versions['flash-linear-attention']} at its 30 steps; {results['date']}, revision "
+        f"{results['revision']}. bfloat16, 12 heads, K = V = 128; ours at tolerance 1e-4 where the row does not say "
+        "otherwise; medians, with cold caches, from `kernels/benchmarks/gpu_operators.py`, which compares our result "
+        "with float64 before it times it. Decode steps are replayed as a CUDA graph; called one by one from Python, "
+        f"peer and ours take {', '.join(eager)} us."
+        + (f" Forward of other layers on the same machine, 16 x 2048, ms: {', '.join(around)}." if around else "")
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"cpu_generation": cpu_generation, "gpu_operators": gpu_operators}
+
+
+def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
+    """The measurements of a table, by machine; none where nothing was measured.
+
+    Raises:
+        SystemExit: they cannot be traced to a commit.
+    """
+    found = []
+    for path in sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}_*.json")]):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        revision = results["revision"]
+        if revision is None:
+            raise SystemExit(f"results/{path.name} names no git revision: measure again with --revision.")
+        if revision.endswith("-dirty"):
+            raise SystemExit(f"results/{path.name} was measured with uncommitted changes: commit, and measure again.")
+        found.append(results)
+    return found
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """`text` with every table made anew from its results files in `folder`; without any, a table stays as it is.
+
+    Raises:
+        SystemExit: a table has no place in `text`, or its results cannot be traced to a commit.
+    """
     for name, table in TABLES.items():
-        results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        if str(results["revision"]).endswith("-dirty"):
-            raise SystemExit(f"results/{name}.json was measured with uncommitted changes: commit, and measure again.")
+        machines = results_of(name, folder)
+        if not machines:
+            continue
         begin, end = f"<!-- results: {name} -->\n", "<!-- end results -->"
+        if begin not in text:
+            raise SystemExit(f"there are results, but no place for them: add {begin.strip()} and {end} to the README.")
         before, rest = text.split(begin, 1)
-        text = before + begin + table(results) + "\n" + end + rest.split(end, 1)[1]
+        content = "\n\n".join(table(results) for results in machines)
+        text = before + begin + content + "\n" + end + rest.split(end, 1)[1]
     return text
 
 

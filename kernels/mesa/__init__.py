@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mesa layer's operators: `mesa_attention` (sequences), `mesa_step` (one token), `mesa_reference` (the oracle)."""
 
+from .mesa_dispatch import BackendError, requested_backend, select_backend
+from .mesa_layers import gates, head_norm, short_convolution
 from .mesa_operator import (
     MesaOutput,
     MesaState,
@@ -8,10 +10,8 @@ from .mesa_operator import (
     check_solver,
     mesa_attention,
     mesa_step,
-    select_backend,
 )
 from .mesa_reference import mesa_reference
-from .mesa_triton_solve import BackendError
 
 __all__ = [
     "BackendError",
@@ -19,8 +19,12 @@ __all__ = [
     "MesaState",
     "SolverStats",
     "check_solver",
+    "gates",
+    "head_norm",
     "mesa_attention",
     "mesa_reference",
     "mesa_step",
+    "requested_backend",
     "select_backend",
+    "short_convolution",
 ]

@@ -18,7 +18,6 @@ from itertools import pairwise
 import torch
 
 from .mesa_solver import conjugate_gradient, full_precision
-from .mesa_triton_solve import fused_chunk_solve, fused_solve_fits
 
 # Chunks whose states are computed from each other in one product; groups follow one another in a loop.
 SCAN_GROUP = 64
@@ -172,8 +171,6 @@ def chunk_states(layout, factors, k, v, beta, initial_h, initial_g):
 
 def chunk_solve(b, k, h, lam, factors, weights, max_steps, tolerance):
     """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[L, H, N, C, K]`."""
-    if fused_solve_fits(b):
-        return fused_chunk_solve(b, k, h, lam, factors.from_start, weights, max_steps, tolerance)
     lam = lam[:, None, None, :].expand(*b.shape[:3], 1, -1)
     tensors = [tensor.flatten(0, 2) for tensor in (b, k, h, lam, factors.from_start, weights)]
     size = len(tensors[0]) if b.device.type != "cpu" else max(1, CPU_BLOCK_ENTRIES // (b.shape[-2] * b.shape[-1]))

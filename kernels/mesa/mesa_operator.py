@@ -12,8 +12,12 @@ import torch
 
 from .mesa_chunkwise import chunkwise
 from .mesa_decode import decode_step, decode_step_op
+from .mesa_dispatch import use_triton
 from .mesa_solver import l2_normalize
-from .mesa_triton_solve import fused_solve_runs_on
+
+
+# What the Triton kernels read as it is; other dtypes are converted to float32.
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class SolverStats(NamedTuple):
@@ -38,12 +42,6 @@ class MesaOutput(NamedTuple):
     stats: SolverStats | None
 
 
-def select_backend(device: torch.device | str) -> tuple[str, str]:
-    """The backend that runs the operators on `device`, and why, as `(name, reason)`."""
-    fused, reason = fused_solve_runs_on(torch.device(device))
-    return ("torch+triton" if fused else "torch"), f"torch operators run on every device; {reason}"
-
-
 def mesa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,6 +60,7 @@ def mesa_attention(
     chunk_size: int = 64,
     normalize_qk: bool = True,
     output_stats: bool = False,
+    backend: str | None = None,
 ) -> MesaOutput:
     r"""The Mesa layer over whole sequences, chunkwise.
 
@@ -87,15 +86,18 @@ def mesa_attention(
         tolerance: stop a token at `||r|| <= tolerance * ||q||`, in (0, 1); None runs `max_steps` steps.
         backward_max_steps, backward_tolerance: the same for the second solve of the backward pass; None takes the
             forward's.
-        chunk_size: C, tokens a chunk, >= 1.
+        chunk_size: C, tokens a chunk in torch, >= 1; the Triton kernels have their own.
         normalize_qk: L2-normalise q and k over K first (in float32).
         output_stats: also return each token's steps and residual.
+        backend: "triton", "torch" or "auto"; None and "auto" leave the choice to the environment variable
+            MESANET_BACKEND and then to the device (see `mesa_dispatch`).
 
     Returns:
         `MesaOutput`. Computation, states and statistics are in float32, or float64 when `q` is float64.
 
     Raises:
         ValueError: a shape, an option or `cu_seqlens` is out of range; the message names it.
+        BackendError: the backend that was asked for does not exist or cannot run (a ValueError, too).
     """
     _check_shapes(q, k, v, log_gamma, beta, lam)
     max_steps, tolerance = check_solver(max_steps, tolerance)
@@ -112,27 +114,28 @@ def mesa_attention(
     initial_h, initial_g = _check_state(initial_state, sequences, q.shape[2], q.shape[3], v.shape[3], q.device)
 
     out_dtype, dtype = v.dtype, _compute_dtype(q)
-    q, k, v, log_gamma, beta, lam = (tensor.to(dtype) for tensor in (q, k, v, log_gamma, beta, lam))
-    if normalize_qk:
-        q, k = l2_normalize(q), l2_normalize(k)
+    log_gamma, beta, lam = (tensor.to(dtype) for tensor in (log_gamma, beta, lam))
     if initial_h is not None:
         initial_h, initial_g = initial_h.to(dtype), initial_g.to(dtype)
-    o, final_h, final_g, _, steps, residual = chunkwise(
-        q,
-        k,
-        v,
-        log_gamma,
-        beta,
-        lam,
-        initial_h,
-        initial_g,
-        cu_seqlens,
-        max_steps,
-        tolerance,
-        backward_max_steps,
-        backward_tolerance,
-        chunk_size,
-    )
+    limits = (max_steps, tolerance, backward_max_steps, backward_tolerance)
+    floats = (q, k, v, log_gamma, beta, lam) + (() if initial_h is None else (initial_h, initial_g))
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
+    if v.numel() and use_triton(q.device, q.dtype, q.shape[3], v.shape[3], backend, differentiable):
+        from .mesa_triton import triton_chunkwise  # imports triton
+
+        q, k, v = (tensor if tensor.dtype in _TRITON_DTYPES else tensor.float() for tensor in (q, k, v))
+        inputs = (tensor.contiguous() for tensor in (q, k, v, log_gamma, beta, lam))
+        states = (None, None) if initial_h is None else (initial_h.contiguous(), initial_g.contiguous())
+        o, final_h, final_g, steps, residual, *_ = triton_chunkwise(
+            *inputs, *states, cu_seqlens, *limits, normalize_qk, differentiable, output_stats
+        )
+    else:
+        q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
+        if normalize_qk:
+            q, k = l2_normalize(q), l2_normalize(k)
+        o, final_h, final_g, _, steps, residual = chunkwise(
+            q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *limits, chunk_size
+        )
     return MesaOutput(
         o.to(out_dtype),
         MesaState(final_h, final_g) if output_final_state else None,

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs the Mesa layer: the one place where that is decided.
+
+"torch" runs on every device. "triton" needs an NVIDIA GPU that the kernels know, and a triton that imports. "auto" takes
+triton where it runs and, the first time on a device and for a head size, agrees with torch on a small problem.
+"""
+
+import functools
+import os
+import warnings
+
+import torch
+
+# Environment variable: the backend where neither an argument nor the model's config names one.
+BACKEND_VARIABLE = "MESANET_BACKEND"
+BACKENDS = ("auto", "triton", "torch")
+
+# The oldest devices whose tensor cores the kernels' float16 products were compiled for.
+OLDEST_CAPABILITY = (7, 5)
+
+# Largest key and value size of the kernels.
+LARGEST_HEAD = 256
+
+# Relative difference to torch that the first use on a device lets pass; both solve to a residual of 1e-6.
+SELF_TEST_TOLERANCE = 1e-3
+
+
+class BackendError(ValueError):
+    """A backend was asked for that does not exist, or that cannot run here."""
+
+
+def requested_backend(backend: str | None = None) -> str:
+    """`backend` if it is "triton" or "torch", else what the environment variable says, else "auto".
+
+    Raises:
+        BackendError: either names no backend.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
+    if backend in (None, "auto"):
+        backend = os.environ.get(BACKEND_VARIABLE, "auto")
+        if backend not in BACKENDS:
+            choices = ", ".join(map(repr, BACKENDS))
+            raise BackendError(f"{BACKEND_VARIABLE} is {backend!r}; set it to one of {choices}, or unset it.")
+    return backend
+
+
+@functools.cache
+def triton_imports() -> tuple[bool, str]:
+    """Whether the kernels can be imported, and why not. Done at first use: a CPU pays neither for triton nor its faults."""
+    try:
+        from .mesa_triton import triton_chunkwise  # noqa: F401  (importing registers the operators)
+    # A triton that does not fit the installation fails in many ways; torch computes then.
+    except Exception as error:
+        return False, f"triton cannot be imported ({type(error).__name__}: {error})"
+    return True, ""
+
+
+@functools.cache
+def triton_runs_on(device: torch.device) -> tuple[bool, str]:
+    """Whether the kernels run on `device`, and why (not)."""
+    if device.type != "cuda":
+        return False, f"no Triton kernel runs on {device.type}"
+    if torch.version.hip is not None:
+        return False, "the Triton kernels were written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, OLDEST_CAPABILITY))
+        return False, f"the Triton kernels need compute capability {oldest}; this GPU has {capability[0]}.{capability[1]}"
+    imports, reason = triton_imports()
+    return imports, reason or "the Triton kernels run on this GPU"
+
+
+def select_backend(device: torch.device | str, backend: str | None = None) -> tuple[str, str]:
+    """The backend that runs the operators on `device`, "triton" or "torch", and why.
+
+    Raises:
+        BackendError: `backend`, or the environment, asks for one that does not exist or cannot run on `device`.
+    """
+    requested = requested_backend(backend)
+    if requested == "torch":
+        return "torch", "it was asked for"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    runs, reason = triton_runs_on(device)
+    if requested == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        runs, reason = triton_imports()
+        reason = reason or "Triton's interpreter runs the kernels"
+    if requested == "triton" and not runs:
+        raise BackendError(f"the Triton backend was asked for, but {reason}; use 'auto' or 'torch'.")
+    return ("triton" if runs else "torch"), reason
+
+
+@torch.compiler.assume_constant_result  # a graph is traced for one device and one backend
+def use_triton(
+    device: torch.device,
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    backend: str | None = None,
+    differentiable: bool = False,
+) -> bool:
+    """Whether to run the Mesa layer on inputs of this device, dtype and head sizes in Triton.
+
+    Raises:
+        BackendError: as `select_backend`, or "triton" was asked for and the sizes or the dtype are not its.
+    """
+    if select_backend(device, backend)[0] == "torch":
+        return False
+    fits = max(key_dim, value_dim) <= LARGEST_HEAD and dtype != torch.float64
+    if requested_backend(backend) == "triton":
+        if not fits:
+            raise BackendError(
+                f"the Triton backend was asked for, but it takes neither float64 nor heads above {LARGEST_HEAD} (here "
+                f"{dtype}, K {key_dim}, V {value_dim}); use 'auto' or 'torch'."
+            )
+        return True
+    # What is being captured cannot wait for a test; the eager run before it has made one.
+    if not fits or torch.cuda.is_current_stream_capturing():
+        return fits
+    return kernels_are_right(device, key_dim, value_dim, dtype, differentiable)
+
+
+@functools.cache
+def kernels_are_right(
+    device: torch.device, key_dim: int, value_dim: int, dtype: torch.dtype, differentiable: bool
+) -> bool:
+    """Whether the kernels compile for these sizes on `device` and agree with torch there.
+
+    Tried once, on two chunks, with the gradients if `differentiable`; kernels that fail are not used, with a warning.
+    """
+    from .mesa_operator import mesa_attention
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 96, 1)
+    sizes = (key_dim, key_dim, value_dim)
+    q, k, v = (torch.randn(*shape, size, generator=generator).to(device, dtype) for size in sizes)
+    log_gamma = torch.full(shape, -0.05, device=device)
+    beta = torch.full(shape, 0.5, device=device)
+    inputs = (q, k, v, log_gamma, beta, torch.full((1, key_dim), 0.5, device=device))
+
+    def results(backend: str) -> list[torch.Tensor]:
+        with torch.enable_grad() if differentiable else torch.no_grad():
+            leaves = [tensor.detach().requires_grad_(differentiable) for tensor in inputs]
+            o = mesa_attention(*leaves, max_steps=64, tolerance=1e-6, backend=backend).o
+            # In bfloat16 and float16 the outputs differ by their own rounding, of up to 2^-8.
+            gradients = torch.autograd.grad(o.float().square().sum(), leaves) if differentiable else ()
+        return [o, *gradients]
+
+    rounding = 0.0 if dtype == torch.float32 else 2.0**-7
+    try:
+        pairs = zip(results("triton"), results("torch"), strict=True)
+        error = max(((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs)
+        problem = None if error <= SELF_TEST_TOLERANCE + rounding else f"a relative error of {error:.1e}"
+    # Whatever a compiler or driver raises, such as too little shared memory: torch goes on without the kernels.
+    except Exception as failure:
+        problem = f"{type(failure).__name__}: {failure}"
+    if problem is not None:
+        warnings.warn(
+            f"The Triton kernels for heads of {key_dim} and {value_dim} do not work on {device} ({problem}); torch "
+            f"computes instead, more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
+            stacklevel=2,
+        )
+    return problem is None

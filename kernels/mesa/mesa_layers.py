@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the Mesa operator in a layer: short convolutions, norms of heads and gates.
+
+The torch code is the specification and runs anywhere. On a GPU, the operators of `mesa_triton_layers` do the same in
+one launch each. Importing this does not import triton.
+
+Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S packed sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .mesa_dispatch import select_backend
+
+# What the Triton operators take; everything else, such as float64, stays in torch.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A wider convolution does not fit the registers of its warp.
+WIDEST_CONVOLUTION = 8
+
+# A longer row does not fit the registers of its program.
+LONGEST_NORM = 8192
+
+
+# A constant to whoever compiles a model: the answer for a device does not change.
+@torch.compiler.assume_constant_result
+def triton_operators_run_on(device: torch.device) -> bool:
+    """Whether the Triton operators run on `device`; the first time they do, they are registered."""
+    if select_backend(device)[0] != "triton":
+        return False
+    from .mesa_triton_layers import LAUNCHES  # noqa: F401  (importing registers the operators)
+
+    return True
+
+
+def use_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton operators take tensors of these dtypes, on the device of the first."""
+    return (
+        tensors[0].is_cuda
+        and all(tensor is None or tensor.dtype in TRITON_DTYPES for tensor in tensors)
+        and triton_operators_run_on(tensors[0].device)
+    )
+
+
+def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call the Triton operator `name`; past the dispatcher, which takes a launch's time, where none must see it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return getattr(torch.ops.modeling_mesanet, name)(*arguments)
+    from .mesa_triton_layers import LAUNCHES
+
+    return LAUNCHES[name](*arguments)
+
+
+def short_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Causal depthwise convolution over time, then SiLU: `y_t = silu(sum_j weight_j x_{t - (W - 1) + j})`.
+
+    Args:
+        x: `[B, T, channels]`, any floating dtype, T at least 1.
+        weight: `[channels, W]`, the oldest input's first; W is at least 2.
+        state: the W - 1 inputs before the first, oldest first, `[B, channels, W - 1]`; None is zeros.
+        cu_seqlens: int32 or int64 `[S + 1]`, from 0 to T, not decreasing: B is 1, and each of the S packed sequences
+            starts after zeros. Excludes `state`.
+
+    Returns:
+        `y` as `x`, and the state after the last token, in the dtype of `x` (`[1, channels, 0]` for packed sequences).
+    """
+    state = None if state is None else state.to(x.dtype)
+    if use_triton(x, weight) and weight.shape[1] <= WIDEST_CONVOLUTION:
+        return run_triton("short_convolution", x, weight, state, cu_seqlens)
+    (channels, width), length = weight.shape, x.shape[1]
+    memory = width - 1
+    inputs = x.transpose(1, 2)
+    if cu_seqlens is not None:
+        # Each sequence gets W - 1 zeros of its own in front.
+        tokens = torch.arange(length, device=x.device)
+        sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+        positions = tokens + sequence * memory
+        spread = inputs.new_zeros(*inputs.shape[:2], length + (cu_seqlens.shape[0] - 1) * memory)
+        spread = spread.index_copy(2, positions + memory, inputs)
+        y = F.conv1d(spread, weight.unsqueeze(1), groups=channels)[..., positions]
+        state = inputs[..., :0]
+    else:
+        state = inputs.new_zeros(*inputs.shape[:2], memory) if state is None else state
+        inputs = torch.cat([state, inputs], dim=-1)
+        if length == 1:  # a dot product costs a fraction of a convolution call
+            y = (inputs * weight).sum(-1, keepdim=True)
+        else:
+            y = F.conv1d(inputs, weight.unsqueeze(1), groups=channels)
+        state = inputs[..., -memory:]
+    return F.silu(y).transpose(1, 2), state
+
+
+def head_norm(o: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """RMSNorm over the last dimension, computed in float32 (or float64), times `silu(gate)` if there is a gate.
+
+    Args:
+        o: `[..., V]`, any floating dtype.
+        weight: `[V]`.
+        eps: added to the mean square, greater than 0.
+        gate: `[..., V]`, any floating dtype.
+
+    Returns:
+        `o / sqrt(mean(o^2) + eps) * weight * silu(gate)`, `[..., V]` in the dtype of `o`.
+    """
+    if use_triton(o, weight, gate) and o.shape[-1] <= LONGEST_NORM:
+        return run_triton("head_norm", o, weight, eps, gate)
+    wide = torch.promote_types(o.dtype, torch.float32)
+    normed = F.rms_norm(o.to(wide), weight.shape, weight.to(wide), eps).to(o.dtype)
+    return normed if gate is None else (normed * F.silu(gate)).to(o.dtype)
+
+
+def gates(
+    beta_logit: torch.Tensor,
+    gamma_logit: torch.Tensor,
+    beta_bias: torch.Tensor,
+    gamma_bias: torch.Tensor,
+    forget_gate_bound: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input strength and log forget strength of every token and head; a pad neither writes nor forgets.
+
+    Args:
+        beta_logit, gamma_logit: `[B, T, H]`, float32 (or float64).
+        beta_bias, gamma_bias: `[H]`, as the logits.
+        forget_gate_bound: in (0, 1]; the forget strength is multiplied by `1 - (1 - bound) * beta^2`. None: it is not.
+        mask: bool `[B, T]`, False for pads.
+
+    Returns:
+        `beta` in [0, 1] and `log_gamma`, at most 0, `[B, T, H]` as the logits.
+    """
+    logits_and_biases = (beta_logit, gamma_logit, beta_bias, gamma_bias)
+    if use_triton(beta_logit) and all(tensor.dtype == torch.float32 for tensor in logits_and_biases):
+        return run_triton("gates", *logits_and_biases, forget_gate_bound, mask)
+    beta = torch.sigmoid(beta_logit + beta_bias)
+    log_gamma = F.logsigmoid(gamma_logit + gamma_bias)
+    if forget_gate_bound is not None:
+        log_gamma = log_gamma + torch.log1p((forget_gate_bound - 1) * beta.square())
+    if mask is not None:
+        beta = beta.masked_fill(~mask.unsqueeze(-1), 0.0)
+        log_gamma = log_gamma.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return beta, log_gamma

@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunkwise Mesa layer on Triton kernels: launches, and their registration as torch operators with gradients.
+
+Forward: states at chunk boundaries (`mesa_triton_states`), then the solve and the read-out of every chunk
+(`mesa_triton_solver`). Backward: the states again, the second solve, the adjoint states from the last
+chunk to the first, and the gradients of every chunk (`mesa_triton_gradients`). Importing this needs triton.
+
+Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks; KP and VP are K and
+V rounded up to powers of two.
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
+from .mesa_triton_backward import chunk_gradients_kernel
+from .mesa_triton_solver import solve_chunks_kernel
+from .mesa_triton_states import (
+    CHUNK_NUMBERS,
+    carry_adjoints_kernel,
+    carry_states_kernel,
+    join_segments_kernel,
+    prepare_chunks_kernel,
+)
+
+# Long sequences are cut into segments whose states are summed up side by side, so that about so many programs run: four
+# for each multiprocessor of the largest GPUs. A segment has at least MIN_SEGMENT_CHUNKS chunks.
+SEGMENT_PROGRAMS = 528
+MIN_SEGMENT_CHUNKS = 8
+
+# Columns of a state that one program carries.
+STATE_COLUMNS = 64
+
+
+class Pair(NamedTuple):
+    """States of N chunks: float16 `high` and `low` `[N, H, KP, D]`, float32 `scale` `[N, H, D / columns a block]`."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """Vectors of every token in float16 pairs `[N, H, C, D]`, in units `[N, H, C]` (powers of two, float32) a token."""
+
+    top: torch.Tensor
+    rest: torch.Tensor
+    unit: torch.Tensor
+
+
+class Adjoints(NamedTuple):
+    """What the backward solve leaves for the adjoint states: gradients of o in float16 `[N, H, C, VP]` (with a rest for
+    float32 inputs) and its units, the weights of `y x^T` and `x e^T` `[N, H, C]`, and each token's gradient of decays before it.
+    """
+
+    grad_rows: torch.Tensor
+    grad_rows_rest: torch.Tensor | None
+    grad_unit: torch.Tensor
+    update_h: torch.Tensor
+    update_g: torch.Tensor
+    from_earlier: torch.Tensor
+
+
+class Chunks(NamedTuple):
+    """What `prepare_chunks_kernel` makes of every chunk: keys and values in float16, `[N, H, C, KP]` and `[N, H, C, VP]`
+    (in pairs for float32 inputs, else the rests are None), float32 `[N, H, C]` a token and `[N, H, CHUNK_NUMBERS]`.
+    """
+
+    keys: torch.Tensor
+    keys_rest: torch.Tensor | None
+    values: torch.Tensor
+    values_rest: torch.Tensor | None
+    decay_whole: torch.Tensor
+    decay_fraction: torch.Tensor
+    key_unit: torch.Tensor
+    key_factor: torch.Tensor
+    key_weight: torch.Tensor
+    value_unit: torch.Tensor
+    value_weight: torch.Tensor
+    key_update: torch.Tensor
+    value_update: torch.Tensor
+    numbers: torch.Tensor
+
+    def some(self, *names: str) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in names}
+
+
+def named(*names: str, values: tuple | None) -> dict:
+    """`values` by name, or None for each of them."""
+    return dict(zip(names, (None,) * len(names) if values is None else values, strict=True))
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to a power of two of at least 16, the smallest side of a product on tensor cores."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def state_columns(size: int) -> int:
+    return min(STATE_COLUMNS, size)
+
+
+class Plan:
+    """How many chunks and segments there are, and where they begin; everything from shapes, without reading the device.
+
+    Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the plan
+    has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens, 0 for
+    chunks that do not exist; `segment_table` `[segments, 3]`: first chunk, number of chunks, sequence).
+    """
+
+    def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
+        self.length, self.packed = length, cu_seqlens is not None
+        self.sequences = cu_seqlens.shape[0] - 1 if self.packed else batch
+        self.chunks_per_row = -(-length // chunk_size)
+        self.chunks = length // chunk_size + self.sequences if self.packed else batch * self.chunks_per_row
+        blocks = key_padded // state_columns(key_padded) + value_padded // state_columns(value_padded)
+        self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, -(-self.chunks * heads * blocks // SEGMENT_PROGRAMS))
+        longest = self.chunks if self.packed else self.chunks_per_row
+        self.segmented = self.chunks_per_segment < longest
+        self.chunk_table = self.segment_table = self.segment_bounds = None
+        if not self.segmented:
+            self.chunks_per_segment = longest
+        self.segments_per_row = -(-self.chunks_per_row // self.chunks_per_segment)
+        self.segments = batch * self.segments_per_row
+        if self.packed:
+            bounds, chunk_bounds, self.chunk_table, _ = cut(cu_seqlens.long(), chunk_size, self.chunks)
+            self.segments = self.chunks // self.chunks_per_segment + self.sequences
+            if not self.segmented:
+                self.segments = self.sequences
+                counts = chunk_bounds.diff()
+                order = torch.arange(self.sequences, device=counts.device)
+                self.segment_table = torch.stack([chunk_bounds[:-1], counts, order], 1).int()
+            else:
+                _, self.segment_bounds, table, order = cut(chunk_bounds, self.chunks_per_segment, self.segments)
+                self.segment_table = torch.cat([table, order.unsqueeze(1)], 1).int()
+
+
+def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
+    """Cut the spans between `bounds` `[S + 1]` into pieces of `size`.
+
+    Returns:
+        `bounds`; the bounds of the spans counted in pieces `[S + 1]`; a table `[room, 2]` of each piece's first element
+        and its length (0 for pieces that do not exist); the span that each belongs to `[room]`.
+    """
+    lengths = bounds.diff()
+    piece_bounds = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
+    piece = torch.arange(room, device=bounds.device)
+    span = torch.searchsorted(piece_bounds[1:], piece, right=True).clamp_max(lengths.shape[0] - 1)
+    start = (piece - piece_bounds[span]) * size
+    count = (lengths[span] - start).clamp(0, size)
+    return bounds, piece_bounds, torch.stack([bounds[span] + start, count], 1), span
+
+
+def pair_like(plan, heads, key_padded, size_padded, device) -> Pair:
+    shape = (plan.chunks, heads, key_padded, size_padded)
+    high, low = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
+    blocks = size_padded // state_columns(size_padded)
+    return Pair(high, low, torch.empty(plan.chunks, heads, blocks, dtype=torch.float32, device=device))
+
+
+class Layer:
+    """One call's inputs and sizes, and the launches that share them."""
+
+    def __init__(self, k, v, log_gamma, beta, cu_seqlens, normalize):
+        self.k, self.v, self.log_gamma, self.beta, self.normalize = k, v, log_gamma, beta, normalize
+        batch, length, self.heads, self.key_dim = k.shape
+        self.value_dim = v.shape[-1]
+        self.key_padded, self.value_padded = padded(self.key_dim), padded(self.value_dim)
+        self.chunk_size = chunk_size_of(self.key_dim)
+        self.plan = Plan(
+            batch, length, self.heads, self.key_padded, self.value_padded, self.chunk_size, cu_seqlens
+        )
+        self.terms = 2 if torch.float32 in (k.dtype, v.dtype) else 1
+        self.sizes = {
+            "C": self.chunk_size,
+            "K": self.key_dim,
+            "V": self.value_dim,
+            "KP": self.key_padded,
+            "VP": self.value_padded,
+            "BK": state_columns(self.key_padded),
+            "BV": state_columns(self.value_padded),
+        }
+
+    def empty(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
+
+    def new_pairs(self) -> tuple[Pair, Pair]:
+        return tuple(
+            pair_like(self.plan, self.heads, self.key_padded, size, self.k.device)
+            for size in (self.key_padded, self.value_padded)
+        )
+
+    def boundary_states(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self.empty(count, self.heads, self.key_dim, self.key_dim),
+            self.empty(count, self.heads, self.key_dim, self.value_dim),
+        )
+
+    def carry(self, launch, initial, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run `launch(pass number, start, end, segment decay)` over all segments; returns the final states."""
+        plan, final = self.plan, self.boundary_states(self.plan.sequences)
+        if not plan.segmented:
+            launch(0, initial, final, None)
+            return final
+        parts, decay = self.boundary_states(plan.segments), self.empty(plan.segments, self.heads)
+        launch(1, None, parts, decay)
+        for part, start, end in zip(parts, initial or (None, None), final, strict=True):
+            size = part.shape[-1] * part.shape[-2]
+            join_segments_kernel[(plan.sequences * self.heads, -(-size // 1024))](
+                parts=part,
+                segment_decay=decay,
+                initial=start,
+                final=end,
+                bounds=plan.segment_bounds,
+                heads=self.heads,
+                segments_per_row=plan.segments_per_row,
+                SIZE=size,
+                BLOCK=1024,
+                HAS_INITIAL=start is not None,
+                PACKED=plan.packed,
+                REVERSE=reverse,
+            )
+        launch(2, parts, None, None)
+        return final
+
+    @property
+    def carry_grid(self) -> tuple[int, int]:
+        blocks = self.key_padded // self.sizes["BK"] + self.value_padded // self.sizes["BV"]
+        return self.plan.segments * self.heads, blocks
+
+    @property
+    def chunk_arguments(self) -> dict:
+        return {
+            "chunk_table": self.plan.chunk_table,
+            "heads": self.heads,
+            "length": self.plan.length,
+            "chunks_per_row": self.plan.chunks_per_row,
+            "PACKED": self.plan.packed,
+        }
+
+    def prepare(self) -> Chunks:
+        shape = (self.plan.chunks, self.heads, self.chunk_size)
+        pairs = [
+            [self.empty(*shape, size, dtype=torch.float16) if term < self.terms else None for term in range(2)]
+            for size in (self.key_padded, self.value_padded)
+        ]
+        vectors = [self.empty(*shape) for _ in range(9)]
+        chunks = Chunks(*pairs[0], *pairs[1], *vectors, self.empty(*shape[:2], CHUNK_NUMBERS.value))
+        sizes = {name: self.sizes[name] for name in ("C", "K", "V", "KP", "VP")}
+        prepare_chunks_kernel[(self.plan.chunks * self.heads,)](
+            k=self.k,
+            v=self.v,
+            log_gamma=self.log_gamma,
+            beta=self.beta,
+            **chunks._asdict(),
+            epsilon=L2_NORM_EPS,
+            NORMALIZE=self.normalize,
+            TERMS=self.terms,
+            num_warps=4,
+            **self.chunk_arguments,
+            **sizes,
+        )
+        return chunks
+
+    def states(self, chunks: Chunks, initial) -> tuple[Pair, Pair, tuple[torch.Tensor, torch.Tensor]]:
+        """The states before every chunk, and the final states."""
+        h, g = self.new_pairs()
+
+        def launch(number, start, end, decay):
+            carry_states_kernel[self.carry_grid](
+                **chunks.some(
+                    "keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"
+                ),
+                initial_h=None if start is None else start[0],
+                initial_g=None if start is None else start[1],
+                final_h=None if end is None else end[0],
+                final_g=None if end is None else end[1],
+                h_high=h.high,
+                h_low=h.low,
+                h_scale=h.scale,
+                g_high=g.high,
+                g_low=g.low,
+                g_scale=g.scale,
+                segment_decay=decay,
+                segment_table=self.plan.segment_table,
+                heads=self.heads,
+                chunks_per_row=self.plan.chunks_per_row,
+                chunks_per_segment=self.plan.chunks_per_segment,
+                HAS_INITIAL=start is not None,
+                PASS=number,
+                PACKED=self.plan.packed,
+                TERMS=self.terms,
+                num_warps=8,
+                num_stages=1,
+                **self.sizes,
+            )
+
+        return h, g, self.carry(launch, initial, reverse=False)
+
+    def adjoints(self, x: Rows, y: Rows, adjoints: Adjoints, h, g, chunks, initial):
+        """The adjoint states after every chunk, their inner products with the states, and the initial states' gradients."""
+        dh, dg = self.new_pairs()
+        # One number for each row of every block of columns; for a number of blocks that is no power of two, zeros follow.
+        blocks = self.carry_grid[1]
+        crossings = (1 << (blocks - 1).bit_length()) * self.key_padded
+        crossing = self.empty(self.plan.chunks, self.heads, crossings)
+        if crossings > blocks * self.key_padded:
+            crossing.zero_()
+
+        def launch(number, start, end, decay):
+            carry_adjoints_kernel[self.carry_grid](
+                x=x.top,
+                x_rest=x.rest,
+                y=y.top,
+                y_rest=y.rest,
+                grad_rows=adjoints.grad_rows,
+                grad_rows_rest=adjoints.grad_rows_rest,
+                update_h=adjoints.update_h,
+                update_g=adjoints.update_g,
+                numbers=chunks.numbers,
+                initial_h=None if start is None else start[0],
+                initial_g=None if start is None else start[1],
+                final_h=None if end is None else end[0],
+                final_g=None if end is None else end[1],
+                dh_high=dh.high,
+                dh_low=dh.low,
+                dh_scale=dh.scale,
+                dg_high=dg.high,
+                dg_low=dg.low,
+                dg_scale=dg.scale,
+                h_high=h.high,
+                h_low=h.low,
+                h_scale=h.scale,
+                g_high=g.high,
+                g_low=g.low,
+                g_scale=g.scale,
+                crossing=crossing,
+                segment_decay=decay,
+                segment_table=self.plan.segment_table,
+                heads=self.heads,
+                chunks_per_row=self.plan.chunks_per_row,
+                chunks_per_segment=self.plan.chunks_per_segment,
+                HAS_INITIAL=start is not None,
+                PASS=number,
+                PACKED=self.plan.packed,
+                TERMS=self.terms,
+                CROSSINGS=crossings,
+                num_warps=8,
+                num_stages=1,
+                # Two programs a multiprocessor; the compiler's own choice leaves room for one.
+                maxnreg=128,
+                **self.sizes,
+            )
+
+        return dh, dg, crossing, self.carry(launch, initial, reverse=True)
+
+    def solve(
+        self, b, lam, h, g, chunks, max_steps, tolerance, *, x: Rows | None = None, o=None, keep=True, stats=False
+    ) -> tuple[Rows | None, torch.Tensor | None, torch.Tensor | None, Adjoints | None]:
+        """Solve for every token: forward (writes `o`), or backward given `x`.
+
+        Returns:
+            The solutions (None unless `keep`), steps and residual (None unless `stats`), and what the backward pass goes
+            on with.
+        """
+        backward = x is not None
+        shape, tokens = (self.plan.chunks, self.heads, self.chunk_size), self.k.shape[:3]
+        solution = adjoints = None
+        if keep:
+            halves = (self.empty(*shape, self.key_padded, dtype=torch.float16) for _ in range(2))
+            solution = Rows(*halves, self.empty(*shape))
+        if backward:
+            halves = [self.empty(*shape, self.value_padded, dtype=torch.float16) for _ in range(self.terms)]
+            adjoints = Adjoints(halves[0], *(halves[1:] or [None]), *(self.empty(*shape) for _ in range(4)))
+        steps = self.empty(*tokens, dtype=torch.int32) if stats else None
+        residual = self.empty(*tokens) if stats else None
+        arguments = {
+            "b": b,
+            "lam": lam,
+            **chunks.some("keys", "values", "decay_whole", "decay_fraction"),
+            **chunks.some("key_weight", "value_weight", "value_unit"),
+            "h_high": h.high,
+            "h_low": h.low,
+            "h_scale": h.scale,
+            "g_high": g.high,
+            "g_low": g.low,
+            "g_scale": g.scale,
+            "o": o,
+            **named("x", "x_rest", "x_unit", values=x),
+            **named("solution", "solution_rest", "solution_unit", values=solution),
+            **named(*Adjoints._fields, values=adjoints),
+            "steps": steps,
+            "residual": residual,
+            "max_steps": max_steps,
+            "threshold": max(tolerance or 0.0, RESIDUAL_FLOOR[torch.float32]) ** 2,
+            "epsilon": L2_NORM_EPS,
+            "BACKWARD": backward,
+            "STORE_SOLUTION": keep,
+            "STATS": stats,
+            "NORMALIZE": self.normalize,
+            **self.chunk_arguments,
+        }
+        blocks = self.plan.chunks * self.heads
+        hopper = hopper_kernel(self.k.device) if max_steps > 0 and self.fits_hopper(backward) else None
+        if hopper is not None:
+            sizes = {name: self.sizes[name] for name in ("K", "V", "BK", "BV")}
+            hopper[(blocks,)](
+                **arguments, **sizes, values_rest=chunks.values_rest, VALUE_TERMS=self.terms, num_warps=4
+            )
+        else:
+            rows = min(32, self.chunk_size)
+            resident = self.key_padded <= 128
+            # Directions pass through memory where H does not stay on chip.
+            scratch = h.high if resident else self.empty(*shape, self.key_padded, dtype=torch.float16)
+            solve_chunks_kernel[(blocks, self.chunk_size // rows)](
+                **arguments,
+                **chunks.some("keys_rest", "values_rest"),
+                **self.sizes,
+                scratch=scratch,
+                SOLVE=max_steps > 0,
+                RESIDENT=resident,
+                TERMS=self.terms,
+                R=rows,
+                BS=min(64, self.key_padded),
+                num_warps=4,
+                num_stages=2,
+            )
+        return solution, steps, residual, adjoints
+
+    def gradients(self, x: Rows, y: Rows, q, adjoints: Adjoints, dh, dg, crossing, chunks, solved):
+        """The gradients of q, k, v, log_gamma, beta and lam."""
+        grads = [torch.empty_like(tensor) for tensor in (q, self.k, self.v, self.log_gamma, self.beta)]
+        grad_lam = self.empty(self.plan.chunks, self.heads, self.key_padded)
+        if self.plan.packed:  # chunks that do not exist have no part in it
+            grad_lam.zero_()
+        names = [name for name in Chunks._fields if name not in ("key_weight", "key_update", "value_update")]
+        chunk_gradients_kernel[(self.plan.chunks * self.heads, 2)](
+            **named("x", "x_rest", "x_unit", values=x),
+            **named("y", "y_rest", "y_unit", values=y),
+            q=q,
+            beta=self.beta,
+            **chunks.some(*names),
+            grad_rows=adjoints.grad_rows,
+            grad_rows_rest=adjoints.grad_rows_rest,
+            grad_unit=adjoints.grad_unit,
+            dh_high=dh.high,
+            dh_low=dh.low,
+            dh_scale=dh.scale,
+            dg_high=dg.high,
+            dg_low=dg.low,
+            dg_scale=dg.scale,
+            crossing=crossing,
+            from_earlier=adjoints.from_earlier,
+            **named("grad_q", "grad_k", "grad_v", "grad_log_gamma", "grad_beta", values=grads),
+            grad_lam=grad_lam,
+            epsilon=L2_NORM_EPS,
+            SOLVED=solved,
+            NORMALIZE=self.normalize,
+            TERMS=self.terms,
+            CROSSINGS=crossing.shape[-1],
+            CHUNK_NUMBERS=CHUNK_NUMBERS.value,
+            num_warps=8,
+            num_stages=1,
+            **self.chunk_arguments,
+            **self.sizes,
+        )
+        return *grads, grad_lam[..., : self.key_dim].sum(0)
+
+    def fits_hopper(self, backward: bool) -> bool:
+        """Float32 values are read out in two terms; float32 keys, and gradients, are left to the plain kernel."""
+        terms = self.terms == 1 or (not backward and self.k.dtype != torch.float32)
+        return terms and {self.key_dim, self.value_dim} <= {64, 128}
+
+
+@functools.cache
+def hopper_kernel(device: torch.device):
+    """The solve written for Hopper, or None on other devices."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from .mesa_hopper_solver import solve_chunks_hopper_kernel
+    # Gluon is younger than the rest of triton, and still moves; the plain kernel does the same.
+    except Exception as error:
+        warnings.warn(f"Triton's Gluon cannot be used ({error}); a slower kernel solves instead.", stacklevel=2)
+        return None
+    return solve_chunks_hopper_kernel
+
+
+def chunk_size_of(key_dim: int) -> int:
+    """Tokens a chunk; with heads above 128, as many as the rows of the keys leave room for."""
+    return 64 if padded(key_dim) <= 128 else 32
+
+
+def solution_shape(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, ...]:
+    """`[N, H, C, KP]` of what the forward pass keeps, from shapes alone."""
+    batch, length, heads, key_dim = k.shape
+    size = chunk_size_of(key_dim)
+    if cu_seqlens is None:
+        chunks = batch * (-(-length // size))
+    else:
+        chunks = length // size + cu_seqlens.shape[0] - 1
+    return chunks, heads, size, padded(key_dim)
+
+
+@torch.library.custom_op("modeling_mesanet::triton_chunkwise", mutates_args=())
+def triton_chunkwise(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_steps: int,
+    tolerance: float | None,
+    backward_max_steps: int,
+    backward_tolerance: float | None,
+    normalize_qk: bool,
+    keep_solution: bool,
+    output_stats: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Forward pass. q, k, v in bfloat16, float16 or float32, all others float32; all contiguous.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of `v`, final states `[S, H, K, K]` and `[S, H, K, V]`; steps (int32) and relative
+        residual `[B, T, H]` if `output_stats`; the solutions as `Rows` for the backward pass if `keep_solution`. What was
+        not asked for is empty.
+    """
+    with torch.cuda.device_of(k):
+        layer = Layer(k, v, log_gamma, beta, cu_seqlens, normalize_qk)
+        chunks = layer.prepare()
+        initial = None if initial_h is None else (initial_h, initial_g)
+        h, g, (final_h, final_g) = layer.states(chunks, initial)
+        o = torch.empty_like(v)
+        x, steps, residual, _ = layer.solve(
+            q, lam, h, g, chunks, max_steps, tolerance, o=o, keep=keep_solution, stats=output_stats
+        )
+        if steps is None:
+            steps, residual = layer.empty(0, dtype=torch.int32), layer.empty(0)
+        if x is None:
+            x = (*(layer.empty(0, dtype=torch.float16) for _ in range(2)), layer.empty(0))
+        return o, final_h, final_g, steps, residual, *x
+
+
+@triton_chunkwise.register_fake
+def _(q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
+    keep_solution, output_stats = options[-2:]
+    heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tokens = k.shape[:3] if output_stats else (0,)
+    solution = solution_shape(k, cu_seqlens) if keep_solution else (0,)
+    return (
+        torch.empty_like(v),
+        beta.new_empty(sequences, heads, key_dim, key_dim),
+        beta.new_empty(sequences, heads, key_dim, value_dim),
+        beta.new_empty(tokens, dtype=torch.int32),
+        beta.new_empty(tokens),
+        beta.new_empty(solution, dtype=torch.float16),
+        beta.new_empty(solution, dtype=torch.float16),
+        beta.new_empty(solution[:3]),
+    )
+
+
+@torch.library.custom_op("modeling_mesanet::triton_chunkwise_backward", mutates_args=())
+def triton_chunkwise_backward(
+    grad_o: torch.Tensor | None,
+    grad_final_h: torch.Tensor | None,
+    grad_final_g: torch.Tensor | None,
+    x: torch.Tensor,
+    x_rest: torch.Tensor,
+    x_unit: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_steps: int,
+    tolerance: float | None,
+    normalize_qk: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Implicit gradients of q, k, v, log_gamma, beta, lam and the two initial states; see `chunkwise_backward`."""
+    with torch.cuda.device_of(k):
+        layer = Layer(k, v, log_gamma, beta, cu_seqlens, normalize_qk)
+        chunks = layer.prepare()
+        initial = None if initial_h is None else (initial_h, initial_g)
+        h, g, final = layer.states(chunks, initial)
+        grad_o = torch.zeros_like(v) if grad_o is None else grad_o
+        grad_final = None
+        if grad_final_h is not None or grad_final_g is not None:
+            grad_final = tuple(
+                torch.zeros_like(state) if grad is None else grad
+                for grad, state in zip((grad_final_h, grad_final_g), final, strict=True)
+            )
+        x = Rows(x, x_rest, x_unit)
+        y, _, _, adjoints = layer.solve(grad_o, lam, h, g, chunks, max_steps, tolerance, x=x)
+        dh, dg, crossing, grad_initial = layer.adjoints(x, y, adjoints, h, g, chunks, grad_final)
+        grads = layer.gradients(x, y, q, adjoints, dh, dg, crossing, chunks, max_steps > 0)
+        return (*grads, *grad_initial)
+
+
+@triton_chunkwise_backward.register_fake
+def _(grad_o, grad_h, grad_g, x, x_rest, x_unit, q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
+    heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = (
+        beta.new_empty(sequences, heads, key_dim, key_dim),
+        beta.new_empty(sequences, heads, key_dim, value_dim),
+    )
+    return (*(torch.empty_like(t) for t in (q, k, v, log_gamma, beta, lam)), *states)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, max_steps, _, steps, tolerance, normalize, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*output[5:], q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens)
+    ctx.options = (steps if max_steps > 0 else 0), tolerance, normalize
+
+
+def _backward(ctx, grad_o, grad_final_h, grad_final_g, *_):
+    saved = ctx.saved_tensors  # once: gradient checkpointing forbids unpacking a tensor twice
+    grads = torch.ops.modeling_mesanet.triton_chunkwise_backward(
+        *(None if grad is None else grad.contiguous() for grad in (grad_o, grad_final_h, grad_final_g)),
+        *saved,
+        *ctx.options,
+    )
+    has_initial_state = saved[9] is not None
+    return (*grads[:6], *(grads[6:] if has_initial_state else (None, None)), *[None] * 8)
+
+
+triton_chunkwise.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels that carry the states, and backwards their adjoints, from chunk to chunk.
+
+    H <- zeta H + sum_s w_s k_s k_s^T,   G <- zeta G + sum_s w_s k_s v_s^T            (forward)
+    dH <- zeta dH - sum_t f_t y_t x_t^T,   dG <- zeta dG + sum_t f_t x_t e_t^T         (backward, from the last chunk)
+
+A first kernel prepares every chunk by itself: keys and values in float16, scaled by powers of two a row, and what the
+gates come to. Then a program carries one block of columns of one head's H or G through a segment of consecutive chunks
+in float32, and stores it at every chunk boundary as float16 pairs with a power-of-two scale: 22 significant bits in the
+bytes of one float32, ready for the tensor cores. Importing this needs triton; dimensions as in `mesa_triton_helpers`.
+"""
+
+from .mesa_triton_helpers import (
+    decay_exponents,
+    load_rows,
+    locate_chunk,
+    normalizer,
+    power_of_two,
+    scale_rows,
+    split_half,
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+# States are stored in units in which no entry can exceed this. The bound is a running sum of the largest that every
+# update could add; entries are usually some hundred times smaller, and the pairs' 22 bits reach 2^-38 of it.
+STATE_PEAK = tl.constexpr(2.0**14)
+
+# Numbers that `prepare_chunks_kernel` writes for a chunk and head: the decay across the chunk; the units of the updates
+# of H and G; and the largest that they can add to an entry of H and G.
+DECAY, UNIT_H, UNIT_G, GROWTH_H, GROWTH_G, CHUNK_NUMBERS = (tl.constexpr(i) for i in range(6))
+
+# What a launch does with a segment: all there is to do where it is a whole sequence; or, where sequences are cut, first
+# sum it up from zero, and then, knowing what came before it, store its states.
+SINGLE_PASS, FIRST_PASS, SECOND_PASS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def locate_segment(segment, chunks_per_row, chunks_per_segment, table, PACKED: tl.constexpr):
+    """First chunk, number of chunks and sequence of a segment; packed sequences have a table `[segments, 3]`."""
+    if PACKED:
+        first = tl.load(table + 3 * segment).to(tl.int32)
+        count = tl.load(table + 3 * segment + 1).to(tl.int32)
+        sequence = tl.load(table + 3 * segment + 2).to(tl.int32)
+    else:
+        per_row = tl.cdiv(chunks_per_row, chunks_per_segment)
+        sequence = segment // per_row
+        start = (segment - sequence * per_row) * chunks_per_segment
+        first = sequence * chunks_per_row + start
+        count = tl.minimum(chunks_per_segment, chunks_per_row - start)
+    return first, count, sequence
+
+
+@triton.jit
+def load_state(pointer, index, block, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr):
+    """Columns `block` of state number `index` from float32 `[.., K, D]`, padded with zeros to `[KP, BN]`."""
+    row, column = tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    inside = (row[:, None] < K) & (column[None, :] < D)
+    return tl.load(pointer + index * K * D + row[:, None] * D + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_state(pointer, state, index, block, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr):
+    row, column = tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    inside = (row[:, None] < K) & (column[None, :] < D)
+    tl.store(pointer + index * K * D + row[:, None] * D + column[None, :], state, mask=inside)
+
+
+@triton.jit
+def store_halves(high, low, scale, state, bound, index, block, DP: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr):
+    """Store `state` `[KP, BN]`, no entry above `bound`, as columns `block` of float16 pairs `[.., KP, DP]`."""
+    row, column = tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    offset = index * KP * DP + row[:, None] * DP + column[None, :]
+    unit = power_of_two(bound) / STATE_PEAK * 2.0
+    top, rest = split_half(state * (1.0 / unit))
+    tl.store(high + offset, top)
+    tl.store(low + offset, rest)
+    tl.store(scale + index * (DP // BN) + block, unit)
+
+
+@triton.jit
+def largest(x):
+    return tl.max(tl.max(tl.abs(x), 1), 0)
+
+
+@triton.jit
+def chunk_unit(x):
+    """A power of two for `x` `[C]` to be divided by."""
+    return power_of_two(tl.max(tl.abs(x), 0))
+
+
+@triton.jit(do_not_specialize=["heads", "length", "chunks_per_row"])
+def prepare_chunks_kernel(
+    k,
+    v,
+    log_gamma,
+    beta,
+    keys,
+    keys_rest,
+    values,
+    values_rest,
+    decay_whole,
+    decay_fraction,
+    key_unit,
+    key_factor,
+    key_weight,
+    value_unit,
+    value_weight,
+    key_update,
+    value_update,
+    numbers,
+    chunk_table,
+    heads,
+    length,
+    chunks_per_row,
+    epsilon,
+    PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+):
+    """Program chunk * heads + head. Writes zero keys, values and weights for tokens that do not exist."""
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
+    first, tokens = locate_chunk(tl.program_id(0) // heads, length, chunks_per_row, chunk_table, C, PACKED)
+    token, channel, column = tl.arange(0, C), tl.arange(0, KP), tl.arange(0, VP)
+    inside = token < tokens
+    row = (first + token) * heads + head
+    vectors = block * C + token
+    scaled, unit = scale_rows(load_rows(k, row, inside, channel, K))
+    top, rest = split_half(scaled)
+    tl.store(keys + vectors[:, None] * KP + channel[None, :], top)
+    if TERMS == 2:
+        tl.store(keys_rest + vectors[:, None] * KP + channel[None, :], rest)
+    rho = normalizer(scaled, unit, epsilon, NORMALIZE)
+    tl.store(key_unit + vectors, unit)
+    tl.store(key_factor + vectors, rho)
+    scaled, unit = scale_rows(load_rows(v, row, inside, column, V))
+    top, rest = split_half(scaled)
+    tl.store(values + vectors[:, None] * VP + column[None, :], top)
+    if TERMS == 2:
+        tl.store(values_rest + vectors[:, None] * VP + column[None, :], rest)
+    tl.store(value_unit + vectors, unit)
+
+    strength = tl.load(beta + row, mask=inside, other=0.0)
+    whole, fraction = decay_exponents(tl.load(log_gamma + row, mask=inside, other=0.0))
+    tl.store(decay_whole + vectors, whole)
+    tl.store(decay_fraction + vectors, fraction)
+    tl.store(key_weight + vectors, strength * rho * rho)
+    tl.store(value_weight + vectors, strength * rho)
+    last = token == C - 1
+    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
+    to_end = strength * rho * tl.exp2((whole_end - whole) + (fraction_end - fraction))
+    numbers += block * CHUNK_NUMBERS
+    tl.store(numbers + DECAY, tl.exp2(whole_end + fraction_end))
+    # Rows of keys and values have entries of up to 2.
+    update = to_end * rho
+    unit_h = chunk_unit(update)
+    tl.store(key_update + vectors, update * (1.0 / unit_h))
+    tl.store(numbers + UNIT_H, unit_h)
+    tl.store(numbers + GROWTH_H, 4.0 * tl.sum(tl.abs(update), 0))
+    update = to_end * unit
+    unit_g = chunk_unit(update)
+    tl.store(value_update + vectors, update * (1.0 / unit_g))
+    tl.store(numbers + UNIT_G, unit_g)
+    tl.store(numbers + GROWTH_G, 4.0 * tl.sum(tl.abs(update), 0))
+
+
+@triton.jit
+def load_right(right, right_rest, update, index, offset, token, C: tl.constexpr, TERMS: tl.constexpr):
+    """The weighted rows `[C, BN]` of an update in float32, and their weights `[C]`."""
+    rows = tl.load(right + offset).to(tl.float32)
+    if TERMS == 2:
+        rows += tl.load(right_rest + offset).to(tl.float32)
+    return rows, tl.load(update + index * C + token)
+
+
+@triton.jit
+def outer_products(left, left_rest, offset, right, TERMS: tl.constexpr):
+    """`left^T right` with rows `[C, KP]` in one or two float16 terms and float32 `right` `[C, BN]`, at most 4."""
+    top, rest = split_half(right)
+    rows = tl.trans(tl.load(left + offset))
+    product = tl.dot(rows, top)
+    product = tl.dot(rows, rest, product)
+    if TERMS == 2:
+        product = tl.dot(tl.trans(tl.load(left_rest + offset)), top, product)
+    return product
+
+
+@triton.jit
+def start_state(
+    initial, boundary, block, HAS_INITIAL: tl.constexpr, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Columns `block` of the state that a segment starts from, and the largest entry of the whole of it."""
+    bound = 0.0
+    if HAS_INITIAL:
+        # All blocks of a state have one bound, and so one scale.
+        for other in range(DP // BN):
+            bound = tl.maximum(bound, largest(load_state(initial, boundary, other, K, D, KP, BN)))
+        state = load_state(initial, boundary, block, K, D, KP, BN)
+    else:
+        state = tl.zeros([KP, BN], dtype=tl.float32)
+    return state, bound
+
+
+@triton.jit
+def carry_columns(
+    block,
+    keys,
+    keys_rest,
+    others,
+    others_rest,
+    update,
+    numbers,
+    initial,
+    final,
+    high,
+    low,
+    scale,
+    segment_decay,
+    segment,
+    head,
+    heads,
+    first_chunk,
+    count,
+    IS_KEY: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PASS: tl.constexpr,
+    TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    KP: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Carry columns `block` of H (IS_KEY, `others` = keys) or G (`others` = values) through one segment."""
+    token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    boundary = segment.to(tl.int64) * heads + head
+    state, bound = start_state(initial, boundary, block, HAS_INITIAL, K, D, KP, DP, BN)
+    total = 1.0
+    i = 0
+    while i < count:  # Triton 3.6 cannot interpret a range of a number that it has loaded
+        index = (first_chunk + i).to(tl.int64) * heads + head
+        row = index * C + token[:, None]
+        right, weight = load_right(
+            others, others_rest, update, index, row * DP + column[None, :], token, C, TERMS
+        )
+        decay = tl.load(numbers + index * CHUNK_NUMBERS + DECAY)
+        if IS_KEY:
+            unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_H)
+            growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_H)
+        else:
+            unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_G)
+            growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_G)
+        if PASS != FIRST_PASS:
+            store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
+        product = outer_products(keys, keys_rest, row * KP + channel[None, :], right * weight[:, None], TERMS)
+        # Not by the tensor cores' own accumulation, which rounds towards zero: over many chunks that adds up.
+        state = state * decay + product * unit
+        bound = bound * decay + growth
+        total *= decay
+        i += 1
+    if PASS == FIRST_PASS:
+        if IS_KEY:
+            if block == 0:
+                tl.store(segment_decay + boundary, total)
+    if PASS != SECOND_PASS:
+        store_state(final, state, boundary, block, K, D, KP, BN)
+
+
+@triton.jit(do_not_specialize=["heads", "chunks_per_row", "chunks_per_segment"])
+def carry_states_kernel(
+    keys,
+    keys_rest,
+    values,
+    values_rest,
+    key_update,
+    value_update,
+    numbers,
+    initial_h,
+    initial_g,
+    final_h,
+    final_g,
+    h_high,
+    h_low,
+    h_scale,
+    g_high,
+    g_low,
+    g_scale,
+    segment_decay,
+    segment_table,
+    heads,
+    chunks_per_row,
+    chunks_per_segment,
+    HAS_INITIAL: tl.constexpr,
+    PASS: tl.constexpr,
+    PACKED: tl.constexpr,
+    TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (segment * heads + head, block): the blocks of H's columns come first, then those of G's."""
+    segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    block = tl.program_id(1)
+    first, count, _ = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    if block < KP // BK:
+        carry_columns(
+            block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, h_high, h_low, h_scale,
+            segment_decay, segment, head, heads, first, count,
+            True, HAS_INITIAL, PASS, TERMS, C, K, K, KP, KP, BK,
+        )  # fmt: skip
+    else:
+        carry_columns(
+            block - KP // BK, keys, keys_rest, values, values_rest, value_update, numbers, initial_g, final_g,
+            g_high, g_low, g_scale, segment_decay, segment, head, heads, first, count,
+            False, HAS_INITIAL, PASS, TERMS, C, K, V, KP, VP, BV,
+        )  # fmt: skip
+
+
+@triton.jit
+def carry_adjoint_columns(
+    block,
+    left,
+    left_rest,
+    right,
+    right_rest,
+    update,
+    numbers,
+    initial,
+    final,
+    high,
+    low,
+    scale,
+    before_high,
+    before_low,
+    before_scale,
+    crossing,
+    segment_decay,
+    segment,
+    head,
+    heads,
+    first_chunk,
+    count,
+    IS_KEY: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PASS: tl.constexpr,
+    RIGHT_TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    KP: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+    CROSSINGS: tl.constexpr,
+):
+    """Carry columns `block` of dH (IS_KEY: `left` = y, `right` = x) or dG (`left` = x, `right` = grad o) backwards."""
+    token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    boundary = segment.to(tl.int64) * heads + head
+    state, bound = start_state(initial, boundary, block, HAS_INITIAL, K, D, KP, DP, BN)
+    total = 1.0
+    i = 0
+    while i < count:
+        index = (first_chunk + count - 1 - i).to(tl.int64) * heads + head
+        row = index * C + token[:, None]
+        rows, weight = load_right(
+            right, right_rest, update, index, row * DP + column[None, :], token, C, RIGHT_TERMS
+        )
+        decay = tl.load(numbers + index * CHUNK_NUMBERS + DECAY)
+        unit = chunk_unit(weight)
+        growth = 4.0 * tl.sum(tl.abs(weight), 0)
+        if PASS != FIRST_PASS:
+            store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
+            offset = index * KP * DP + channel[:, None] * DP + column[None, :]
+            before = tl.load(before_high + offset).to(tl.float32) + tl.load(before_low + offset).to(tl.float32)
+            products = tl.sum(before * state, 1) * tl.load(before_scale + index * (DP // BN) + block)
+            tl.store(crossing + index * CROSSINGS + channel, products)
+        rows = rows * (weight * (1.0 / unit))[:, None]
+        product = outer_products(left, left_rest, row * KP + channel[None, :], rows, 2)
+        state = state * decay + product * unit
+        bound = bound * decay + growth
+        total *= decay
+        i += 1
+    if PASS == FIRST_PASS:
+        if IS_KEY:
+            if block == 0:
+                tl.store(segment_decay + boundary, total)
+    if PASS != SECOND_PASS:
+        store_state(final, state, boundary, block, K, D, KP, BN)
+
+
+@triton.jit(do_not_specialize=["heads", "chunks_per_row", "chunks_per_segment"])
+def carry_adjoints_kernel(
+    x,
+    x_rest,
+    y,
+    y_rest,
+    grad_rows,
+    grad_rows_rest,
+    update_h,
+    update_g,
+    numbers,
+    initial_h,
+    initial_g,
+    final_h,
+    final_g,
+    dh_high,
+    dh_low,
+    dh_scale,
+    dg_high,
+    dg_low,
+    dg_scale,
+    h_high,
+    h_low,
+    h_scale,
+    g_high,
+    g_low,
+    g_scale,
+    crossing,
+    segment_decay,
+    segment_table,
+    heads,
+    chunks_per_row,
+    chunks_per_segment,
+    HAS_INITIAL: tl.constexpr,
+    PASS: tl.constexpr,
+    PACKED: tl.constexpr,
+    TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CROSSINGS: tl.constexpr,
+):
+    """As `carry_states_kernel`, from the last chunk to the first.
+
+    `initial_h`, `initial_g` are the gradients of the final states, `final_h`, `final_g` those of the initial ones.
+    `crossing` `[N, H, CROSSINGS]` takes the inner products, row by row, of the adjoints after and the states before a chunk.
+    """
+    segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    block = tl.program_id(1)
+    first, count, _ = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    if block < KP // BK:
+        carry_adjoint_columns(
+            block, y, y_rest, x, x_rest, update_h, numbers, initial_h, final_h, dh_high, dh_low, dh_scale,
+            h_high, h_low, h_scale, crossing + block * KP, segment_decay, segment, head, heads, first, count,
+            True, HAS_INITIAL, PASS, 2, C, K, K, KP, KP, BK, CROSSINGS,
+        )  # fmt: skip
+    else:
+        carry_adjoint_columns(
+            block - KP // BK, x, x_rest, grad_rows, grad_rows_rest, update_g, numbers, initial_g, final_g,
+            dg_high, dg_low, dg_scale, g_high, g_low, g_scale, crossing + block * KP, segment_decay,
+            segment, head, heads, first, count,
+            False, HAS_INITIAL, PASS, TERMS, C, K, V, KP, VP, BV, CROSSINGS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "segments_per_row"])
+def join_segments_kernel(
+    parts,
+    segment_decay,
+    initial,
+    final,
+    bounds,
+    heads,
+    segments_per_row,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Replace each segment's own sum in `parts` `[segments, H, SIZE]` by the state that the segment starts from.
+
+    Segments of a sequence follow one another in order (`bounds` `[S + 1]` where packed), or in reverse; what the last
+    one leaves is the `final` state.
+    """
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < SIZE
+    if PACKED:
+        first = tl.load(bounds + sequence).to(tl.int32)
+        count = tl.load(bounds + sequence + 1).to(tl.int32) - first
+    else:
+        first, count = sequence * segments_per_row, segments_per_row
+    whole = (sequence.to(tl.int64) * heads + head) * SIZE + element
+    if HAS_INITIAL:
+        state = tl.load(initial + whole, mask=inside, other=0.0)
+    else:
+        state = tl.zeros([BLOCK], dtype=tl.float32)
+    i = 0
+    while i < count:
+        if REVERSE:
+            segment = first + count - 1 - i
+        else:
+            segment = first + i
+        boundary = segment.to(tl.int64) * heads + head
+        part = tl.load(parts + boundary * SIZE + element, mask=inside, other=0.0)
+        tl.store(parts + boundary * SIZE + element, state, mask=inside)
+        state = state * tl.load(segment_decay + boundary) + part
+        i += 1
+    tl.store(final + whole, state, mask=inside)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark in its smallest sizes on a CPU, what it holds to be right, and the table made from its results."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+
+from modeling_mesanet.mesa import mesa_reference
+
+BENCHMARKS = Path(__file__).parents[1] / "kernels" / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> SimpleNamespace:
+    """The benchmark's modules, imported as its scripts import each other."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_operators
+    import readme_tables
+
+    return SimpleNamespace(gpu=gpu_operators, tables=readme_tables)
+
+
+def run(scripts, folder: Path, **options) -> dict:
+    arguments = {"device": "cpu", "only": "", "revision": "abc", "output": folder, "seconds": 60, "smoke": True}
+    scripts.gpu.main(**arguments | options)
+    return json.loads((folder / "gpu_operators_cpu.json").read_text(encoding="utf-8"))
+
+
+def test_smoke_run_measures_every_section(scripts, tmp_path):
+    pytest.importorskip("matplotlib", reason="the train extra is not installed")
+    # The cold start is a process of its own that imports everything again.
+    sections = [name for name in scripts.gpu.SECTIONS if name != "cold"]
+    results = run(scripts, tmp_path, only=",".join(sections))
+    for section in sections:
+        assert results[section], section
+        assert not any({"failed", "failures", "skipped"} & row.keys() for row in results[section]), section
+    for row in results["forward"] + results["backward"]:
+        assert 0 < row["ms"] < math.inf
+        assert row["error"] < 4e-3
+    assert all(row["eager"]["us"] > 0 for row in results["decode"])
+    for row in results["errors"]:
+        assert row["errors"]["mesa, tolerance 1e-3"] < 1e-3
+        assert row["errors"]["mesa, tolerance 1e-4"] < 2e-4
+    assert results["revision"] == "abc"
+    assert (tmp_path / results["figure"]).read_bytes().startswith(b"\x89PNG")
+    # A table is made of any results, also of those without the rows of its goals.
+    assert scripts.tables.gpu_operators(results).startswith("| ")
+
+
+def test_cold_start_runs_in_a_process_of_its_own(scripts, tmp_path, monkeypatch):
+    # The run leads Triton to its own cache; this puts the variable back.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (row,) = run(scripts, tmp_path, only="cold")["cold"]
+    assert row["operator"] == "mesa"
+    assert min(row["import_s"], row["first_call_s"], row["second_call_s"]) > 0
+    compile(scripts.gpu.FIRST_CALL["peer"], "the peer's", "exec")
+
+
+def test_a_later_run_keeps_the_other_sections_of_its_revision(scripts, tmp_path):
+    run(scripts, tmp_path, only="neighbours")
+    assert {"neighbours", "decode"} <= run(scripts, tmp_path, only="decode").keys()
+    assert "decode" not in run(scripts, tmp_path, only="neighbours", revision="def")
+    run(scripts, tmp_path, only="decode", revision="abc-dirty")
+    assert "decode" not in run(scripts, tmp_path, only="neighbours", revision="abc-dirty")
+
+
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_a_wrong_result_is_not_timed(scripts, tmp_path, monkeypatch, factor):
+    right = scripts.gpu.mesa_attention
+
+    def wrong(*inputs, **options):
+        output = right(*inputs, **options)
+        return output._replace(o=output.o * factor)
+
+    monkeypatch.setattr(scripts.gpu, "mesa_attention", wrong)
+    with pytest.raises(typer.Exit):
+        run(scripts, tmp_path, only="forward,backward")
+    results = json.loads((tmp_path / "gpu_operators_cpu.json").read_text(encoding="utf-8"))
+    promised = [row for row in results["forward"] + results["backward"] if row["setting"] == "tolerance 1e-4"]
+    assert promised
+    assert all("ms" not in row and "relative error of " in row["failed"] for row in promised)
+
+
+def test_rows_that_no_time_is_left_for_are_named(scripts, tmp_path):
+    results = run(scripts, tmp_path, only="forward", seconds=0)
+    assert all("ms" not in row and row["skipped"].startswith("no time left") for row in results["forward"])
+
+
+def test_without_the_peer_one_sentence_says_so(scripts, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    assert scripts.gpu.find_peer(torch.device("cuda")) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("flash-linear-attention cannot be imported (")
+    assert "only our columns are measured" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smoke": False}, "add --smoke"),
+        ({"only": "forward,backwards"}, "backwards: take some of cold, forward"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(scripts, tmp_path, options, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        run(scripts, tmp_path, **options)
+
+
+def test_dense_solve_is_the_reference(scripts):
+    """Output and all gradients, with resets and pads, over several chunks and a rest."""
+    scripts.gpu.family_inputs(16, 16, torch.device("cpu"))  # puts the tests' inputs on the path
+    from mesa_inputs import make_inputs
+
+    leaves = [tensor.requires_grad_() for tensor in make_inputs("mixed", 2, 150, 2, 16, 12)]
+    expected, _ = mesa_reference(*leaves)
+    actual = scripts.gpu.dense_solve(*leaves)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ours, theirs in (
+        (actual, expected),
+        *zip(*(torch.autograd.grad(o, leaves, weights) for o in (actual, expected)), strict=True),
+    ):
+        assert scripts.gpu.relative_error(ours, theirs) < 1e-11
+
+
+def test_decoding_starts_from_the_states_of_the_operator(scripts):
+    case = scripts.gpu.Case("easy", 2, 40, 2, 16)
+    inputs = scripts.gpu.timed_inputs(case, torch.device("cpu"))
+    _, expected = mesa_reference(*inputs)
+    for ours, theirs in zip(scripts.gpu.DecodeStates.after(*inputs), expected, strict=True):
+        # The keys are normalised before they are rounded to 16 bits.
+        assert scripts.gpu.relative_error(ours, theirs) < 2e-3
+
+
+def sample() -> dict:
+    """Results as of a GPU, with made-up figures: every goal reached but that of one time and one family."""
+    usual = {"kind": "easy", "batch": 16, "length": 2048, "heads": 12, "size": 128, "backward": False}
+
+    def pair(setting: str, peer: float, ours: float | None, **changes) -> list[dict]:
+        rows = [("peer", "30 steps", peer), ("mesa", setting, ours)]
+        return [
+            usual | {"operator": operator, "setting": name} | changes | ({} if ms is None else {"ms": ms})
+            for operator, name, ms in rows
+        ]
+
+    def errors(family: str, peer: float, coarse: float, fine: float) -> dict:
+        by_name = {"peer, 30 steps": peer, "mesa, tolerance 1e-3": coarse, "mesa, tolerance 1e-4": fine}
+        return {"family": family, "length": 2048, "errors": by_name}
+
+    easy = errors("easy", 4e-3, 3e-4, 4e-5)
+    easy["errors"]["peer, 30 steps, float32 values"] = 2.6e-3
+    decode = []
+    for batch, peer, ours in ((1, 68, 10), (8, 72, 11), (64, 406, 90)):
+        for operator, setting, us in (("peer", "30 steps", peer), ("mesa", "tolerance 1e-4", ours)):
+            times = {"graph": {"us": us}, "eager": {"us": 2 * us}}
+            decode.append({"operator": operator, "setting": setting, "batch": batch} | times)
+    return {
+        "date": "2030-01-02",
+        "gpu": "NVIDIA H200",
+        "driver": "1.2",
+        "versions": {"torch": "2.11", "triton": "3.6", "flash-linear-attention": "0.6.0"},
+        "revision": "abcdef",
+        "figure": "gpu_operators_H200.png",
+        "forward": [
+            *pair("tolerance 1e-4", 5.5, 1.25),
+            *pair("30 steps", 5.5, 2.75)[1:],
+            *pair("tolerance 1e-4", 5.5, 3.0, kind="hard"),
+            *pair("tolerance 1e-4", 5.8, None, batch=1, length=32768),
+        ],
+        "backward": [
+            *pair("tolerance 1e-4", 16.4, 4.1)[:1],
+            usual | {"operator": "mesa", "setting": "tolerance 1e-4", "failed": "ArithmeticError: wrong"},
+        ],
+        "decode": decode,
+        "cold": [{"operator": "peer", "first_call_s": 60.0}, {"operator": "mesa", "first_call_s": 12.0}],
+        "errors": [
+            easy,
+            errors("scream", 6.9e-2, 5e-5, 2e-5),
+            errors("rank8", 4.2e-1, 6e-4, 4e-5),
+            errors("power", 1e-2, 1e-4, 3e-4),
+        ],
+        "neighbours": [usual | {"operator": "gdn", "setting": "", "ms": 0.75}],
+    }
+
+
+GOAL_TABLE = """\
+| | peer | goal on an H200 | ours | peer / ours |
+|---|---|---|---|---|
+| forward, 16 x 2048 | 5.5 ms | at most 1.6 ms | 1.25 ms | 4.4 |
+| the same, 30 steps asked for | 5.5 ms | at most 2.6 ms | 2.75 ms, missed | 2.0 |
+| the same, hard inputs | 5.5 ms | at most 3.2 ms | 3 ms | 1.8 |
+| forward, 1 x 32768 | 5.8 ms | at most 1.8 ms | - | - |
+| forward + backward, 16 x 2048 | 16.4 ms | at most 5.5 ms | wrong or broken | - |
+| decode step, batch 1 | 68 us | at most 20 us | 10 us | 6.8 |
+| decode step, batch 8 | 72 us | at most 22 us | 11 us | 6.5 |
+| decode step, batch 64 | 406 us | at most 100 us | 90 us | 4.5 |
+| decode step, batch 256 | - | at most 320 us | - | - |
+| first forward + backward of a process, nothing compiled | 60 s | at most 15 s | 12 s | 5.0 |
+| relative error of o, tolerance 1e-3: easy / near-constant keys / rank-8 keys | 2.6e-03 / 6.9e-02 / 4.2e-01 | \
+at most 1e-03, everywhere | 3.0e-04 / 5.0e-05 / 6.0e-04 | 9 / 1,380 / 700 |
+| relative error of o, tolerance 1e-4: easy / near-constant keys / rank-8 keys | 2.6e-03 / 6.9e-02 / 4.2e-01 | \
+at most 2e-04, everywhere | 4.0e-05 / 2.0e-05 / 4.0e-05, missed by power | 65 / 3,450 / 10,500 |
+"""
+
+
+def test_goal_table(scripts):
+    text = scripts.tables.gpu_operators(sample())
+    assert text.startswith(GOAL_TABLE)
+    assert "(kernels/benchmarks/results/gpu_operators_H200.png)" in text
+    assert "136 and 20, 144 and 22, 812 and 180, - and - us" in text
+    assert "2030-01-02, revision abcdef" in text
+    assert "16 x 2048, ms: Gated DeltaNet 0.75." in text
+
+
+README = "# Title\n<!-- results: gpu_operators -->\nold\n<!-- end results -->\nrest\n"
+
+
+def test_readme_is_filled_from_the_results_of_each_machine(scripts, tmp_path):
+    assert scripts.tables.render(README, tmp_path) == README
+    assert scripts.tables.render("nothing", tmp_path) == "nothing"
+    for gpu in ("H200", "A100"):
+        (tmp_path / f"gpu_operators_{gpu}.json").write_text(json.dumps(sample() | {"gpu": gpu}), encoding="utf-8")
+    text = scripts.tables.render(README, tmp_path)
+    assert text.startswith("# Title\n<!-- results: gpu_operators -->\n| | peer |")
+    assert text.endswith("<!-- end results -->\nrest\n")
+    assert text.index("\nA100, driver 1.2") < text.index("\nH200, driver 1.2")
+    assert "\nold\n" not in text
+    assert scripts.tables.render(text, tmp_path) == text
+    with pytest.raises(SystemExit, match="no place for them: add <!-- results: gpu_operators -->"):
+        scripts.tables.render("nothing", tmp_path)
+
+
+@pytest.mark.parametrize(("revision", "message"), [(None, "names no git revision"), ("abc-dirty", "uncommitted")])
+def test_results_without_a_commit_are_refused(scripts, tmp_path, revision, message):
+    (tmp_path / "gpu_operators_H200.json").write_text(json.dumps(sample() | {"revision": revision}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        scripts.tables.render(README, tmp_path)
