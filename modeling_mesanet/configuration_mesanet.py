@@ -46,8 +46,10 @@ class MesaNetConfig(PreTrainedConfig):
         cg_max_steps (`int`, defaults to 64): largest number of steps at inference.
         cg_tolerance (`float`, *optional*, defaults to 1e-4): relative residual at which a token stops at inference;
             `None` runs all steps.
-        chunk_size (`int`, defaults to 64): tokens a chunk of the chunkwise form; changes speed and memory, not
-            results.
+        chunk_size (`int`, defaults to 64): tokens a chunk of the chunkwise form in torch; changes speed and memory,
+            not results.
+        kernel_backend (`str`, defaults to `"auto"`): what computes the Mesa layers: `"triton"`, `"torch"`, or
+            `"auto"`, which is what the environment variable `MESANET_BACKEND` says, or else Triton where it runs.
         use_output_gate (`bool`, defaults to `False`): multiply each head's normalised output by `SiLU(W x)`.
         embedding_scale (`float`, *optional*): factor on the embeddings; `None` means `sqrt(hidden_size)`.
         logit_soft_cap (`float`, *optional*, defaults to 30.0): logits become `cap * tanh(logits / cap)`; `None` is
@@ -110,6 +112,7 @@ class MesaNetConfig(PreTrainedConfig):
     cg_max_steps: int = 64
     cg_tolerance: float | None = 1e-4
     chunk_size: int = 64
+    kernel_backend: str = "auto"
     use_output_gate: bool = False
     embedding_scale: float | int | None = None
     logit_soft_cap: float | int | None = 30.0
@@ -171,6 +174,8 @@ class MesaNetConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             self._require(field, getattr(self, field) >= 1, "a whole number of at least 1")
+        backends = ("auto", "triton", "torch")
+        self._require("kernel_backend", self.kernel_backend in backends, "'auto', 'triton' or 'torch'")
         self._require("conv_kernel_size", self.conv_kernel_size >= 2, "at least 2")
         bound = self.forget_gate_bound
         self._require("forget_gate_bound", bound is None or 0 < bound <= 1, "in (0, 1], or None to switch it off")

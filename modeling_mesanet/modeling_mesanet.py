@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .mesa import gates, head_norm, mesa_attention, mesa_step, short_convolution
+from .mesa import decode_layer, decodes_layer, gates, head_norm, mesa_attention, mesa_step, short_convolution
 
 # At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
 # memories of about ten to a thousand tokens.
@@ -42,13 +42,13 @@ class MesaNetRMSNorm(nn.Module):
     Computed in float32 (or float64).
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, backend: str = "auto"):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.backend = eps, backend
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return head_norm(x, self.weight, self.eps, gate)
+        return head_norm(x, self.weight, self.eps, gate, self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -96,8 +96,9 @@ class PadOrder:
 class MesaNetShortConvolution(nn.Conv1d):
     """Causal depthwise convolution over time with SiLU, carrying its last W - 1 inputs from call to call."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, backend: str = "auto"):
         super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+        self.backend = backend
 
     def forward(
         self,
@@ -117,11 +118,12 @@ class MesaNetShortConvolution(nn.Conv1d):
         """
         weight = self.weight.squeeze(1)
         if pads is None:
-            return short_convolution(x, weight, state, cu_seqlens)
+            return short_convolution(x, weight, state, cu_seqlens, self.backend)
         memory = weight.shape[1] - 1
         state = x.new_zeros(x.shape[0], x.shape[2], memory) if state is None else state.to(x.dtype)
         inputs = pads.sort(torch.cat([state, x.transpose(1, 2)], dim=-1))
-        y, state = short_convolution(inputs[..., memory:].transpose(1, 2), weight, inputs[..., :memory])
+        tokens, state = inputs[..., memory:].transpose(1, 2), inputs[..., :memory]
+        y, state = short_convolution(tokens, weight, state, backend=self.backend)
         return pads.restore(y.transpose(1, 2)).transpose(1, 2), state
 
 
@@ -156,22 +158,25 @@ class MesaNetMixer(nn.Module):
         self.output_gate_proj = (
             nn.Linear(config.hidden_size, value_channels, bias=False) if config.use_output_gate else None
         )
-        self.q_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size)
-        self.k_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size)
+        self.q_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size, config.kernel_backend)
+        self.k_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size, config.kernel_backend)
         self.v_conv = (
-            MesaNetShortConvolution(value_channels, config.conv_kernel_size) if config.conv_on_value else None
+            MesaNetShortConvolution(value_channels, config.conv_kernel_size, config.kernel_backend)
+            if config.conv_on_value
+            else None
         )
         self.beta_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.gamma_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.lambda_param = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
-        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.rms_norm_eps)
+        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.rms_norm_eps, config.kernel_backend)
         self.o_proj = nn.Linear(value_channels, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual_stream = True
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
         biases = upcast(self.beta_bias), upcast(self.gamma_bias)
-        return gates(self.beta_proj(x), self.gamma_proj(x), *biases, self.config.forget_gate_bound, mask)
+        logits = self.beta_proj(x), self.gamma_proj(x)
+        return gates(*logits, *biases, self.config.forget_gate_bound, mask, self.config.kernel_backend)
 
     def regularizer(self) -> torch.Tensor:
         """The diagonal of Lambda, float32 `[H, K]`."""
@@ -197,6 +202,17 @@ class MesaNetMixer(nn.Module):
             hidden_states = hidden_states.reshape(1, -1, shape[-1])
         config, length = self.config, hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        solver = {
+            "max_steps": config.cg_max_steps_training if self.training else config.cg_max_steps,
+            "tolerance": config.cg_tolerance_training if self.training else config.cg_tolerance,
+        }
+        in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
+        if in_place:
+            cache.make_writable()
+        state = None if cache is None else cache.recurrent_state()
+        if in_place and state is not None and self.decodes_in_one_launch(hidden_states):
+            o = self.decode(hidden_states, q, k, v, attention_mask, cache, state, solver)
+            return self.o_proj(o)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
         def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
@@ -213,16 +229,8 @@ class MesaNetMixer(nn.Module):
             beta, log_gamma = self.gates(hidden_states, attention_mask)
             lam = self.regularizer()
         arguments = (*(x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v)), log_gamma, beta, lam)
-        solver = {
-            "max_steps": config.cg_max_steps_training if self.training else config.cg_max_steps,
-            "tolerance": config.cg_tolerance_training if self.training else config.cg_tolerance,
-        }
-        in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
-        if in_place:
-            cache.make_writable()
-        state = None if cache is None else cache.recurrent_state()
         if in_place and state is not None:
-            output = mesa_step(*arguments, state, **solver)
+            output = mesa_step(*arguments, state, **solver, backend=config.kernel_backend)
         else:
             output = mesa_attention(
                 *arguments,
@@ -230,6 +238,7 @@ class MesaNetMixer(nn.Module):
                 output_final_state=cache is not None,
                 cu_seqlens=cu_seqlens,
                 chunk_size=config.chunk_size,
+                backend=config.kernel_backend,
                 **solver,
             )
         if cache is not None:
@@ -240,6 +249,59 @@ class MesaNetMixer(nn.Module):
             gate = self.output_gate_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         o = self.o_norm(output.o, gate)
         return self.o_proj(o.flatten(2)).reshape(shape)
+
+    def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
+        """Whether one kernel does all of a token between the projections: on a GPU, unless a module was replaced."""
+        own = (
+            isinstance(self.o_norm, MesaNetRMSNorm)
+            and isinstance(self.q_conv, MesaNetShortConvolution)
+            and isinstance(self.k_conv, MesaNetShortConvolution)
+            and isinstance(self.v_conv, MesaNetShortConvolution | None)
+        )
+        sizes = self.head_dim, self.value_head_dim, self.config.conv_kernel_size
+        return own and decodes_layer(hidden_states.device, hidden_states.dtype, *sizes, self.config.kernel_backend)
+
+    def decode(
+        self,
+        hidden_states: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: MesaNetCacheLayer,
+        state: tuple[torch.Tensor, torch.Tensor],
+        solver: dict,
+    ) -> torch.Tensor:
+        """One token from its projections up to the output projection, `[B, 1, H * V]`; updates `cache` in place."""
+        config, convolutions = self.config, (self.q_conv, self.k_conv, self.v_conv)
+        conv_states = [
+            None if convolution is None else cache.conv_state(slot)
+            for slot, convolution in zip((CONV_Q, CONV_K, CONV_V), convolutions, strict=True)
+        ]
+        gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
+        o = decode_layer(
+            q,
+            k,
+            v,
+            self.beta_proj(hidden_states),
+            self.gamma_proj(hidden_states),
+            *conv_states,
+            *state,
+            *(None if convolution is None else convolution.weight for convolution in convolutions),
+            self.beta_bias,
+            self.gamma_bias,
+            self.lambda_param,
+            self.o_norm.weight,
+            gate,
+            attention_mask,
+            config.forget_gate_bound,
+            config.lambda_lower_bound,
+            config.rms_norm_eps,
+            solver["max_steps"],
+            solver["tolerance"],
+        )
+        cache.write([held for held in conv_states if held is not None], state, 1)
+        return o
 
 
 class MesaNetMLP(nn.Module):
@@ -262,9 +324,9 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MesaNetConfig, layer_idx: int):
         super().__init__()
-        self.mixer_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
         self.mixer = MesaNetMixer(config, layer_idx)
-        self.mlp_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
         self.mlp = MesaNetMLP(config)
 
     def forward(
@@ -329,7 +391,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
             config.vocab_size, config.hidden_size, config.effective_embedding_scale
         )
         self.layers = nn.ModuleList(MesaNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
         self.gradient_checkpointing = False
         self.post_init()
 

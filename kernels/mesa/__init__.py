@@ -2,7 +2,7 @@
 """The Mesa layer's operators: `mesa_attention` (sequences), `mesa_step` (one token), `mesa_reference` (the oracle)."""
 
 from .mesa_dispatch import BackendError, requested_backend, select_backend
-from .mesa_layers import gates, head_norm, short_convolution
+from .mesa_layers import decode_layer, decodes_layer, gates, head_norm, short_convolution
 from .mesa_operator import (
     MesaOutput,
     MesaState,
@@ -19,6 +19,8 @@ __all__ = [
     "MesaState",
     "SolverStats",
     "check_solver",
+    "decode_layer",
+    "decodes_layer",
     "gates",
     "head_norm",
     "mesa_attention",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs the Mesa layer: the one place where that is decided.
 
-"torch" runs on every device. "triton" needs an NVIDIA GPU that the kernels know, and a triton that imports. "auto" takes
-triton where it runs and, the first time on a device and for a head size, agrees with torch on a small problem.
+"torch" runs on every device. "triton" needs an NVIDIA GPU that the kernels know, and a triton that imports. "auto"
+takes triton where it runs and, the first time on a device and for a head size, agrees with torch on a small problem.
 """
 
 import functools
@@ -47,7 +47,10 @@ def requested_backend(backend: str | None = None) -> str:
 
 @functools.cache
 def triton_imports() -> tuple[bool, str]:
-    """Whether the kernels can be imported, and why not. Done at first use: a CPU pays neither for triton nor its faults."""
+    """Whether the kernels can be imported, and why not.
+
+    Done at first use, so that a CPU pays neither for triton nor for its faults.
+    """
     try:
         from .mesa_triton import triton_chunkwise  # noqa: F401  (importing registers the operators)
     # A triton that does not fit the installation fails in many ways; torch computes then.
@@ -66,7 +69,10 @@ def triton_runs_on(device: torch.device) -> tuple[bool, str]:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_CAPABILITY))
-        return False, f"the Triton kernels need compute capability {oldest}; this GPU has {capability[0]}.{capability[1]}"
+        return (
+            False,
+            f"the Triton kernels need compute capability {oldest}; this GPU has {capability[0]}.{capability[1]}",
+        )
     imports, reason = triton_imports()
     return imports, reason or "the Triton kernels run on this GPU"
 
@@ -130,7 +136,7 @@ def kernels_are_right(
 
     Tried once, on two chunks, with the gradients if `differentiable`; kernels that fail are not used, with a warning.
     """
-    from .mesa_operator import mesa_attention
+    from .mesa_operator import mesa_attention, mesa_step
 
     generator = torch.Generator().manual_seed(0)
     shape = (1, 96, 1)
@@ -141,17 +147,26 @@ def kernels_are_right(
     inputs = (q, k, v, log_gamma, beta, torch.full((1, key_dim), 0.5, device=device))
 
     def results(backend: str) -> list[torch.Tensor]:
-        with torch.enable_grad() if differentiable else torch.no_grad():
+        # Whoever saves tensors in a way of their own, such as gradient checkpointing, must not see these.
+        saving = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with saving, torch.enable_grad() if differentiable else torch.no_grad():
             leaves = [tensor.detach().requires_grad_(differentiable) for tensor in inputs]
             o = mesa_attention(*leaves, max_steps=64, tolerance=1e-6, backend=backend).o
             # In bfloat16 and float16 the outputs differ by their own rounding, of up to 2^-8.
             gradients = torch.autograd.grad(o.float().square().sum(), leaves) if differentiable else ()
-        return [o, *gradients]
+            if differentiable:
+                return [o, *gradients]
+            state = (torch.zeros(1, 1, key_dim, size, device=device) for size in (key_dim, value_dim))
+            token = (tensor[:, :1] for tensor in inputs[:5])
+            step, (h, g), _ = mesa_step(*token, inputs[5], tuple(state), max_steps=64, tolerance=1e-6, backend=backend)
+        return [o, step, h, g]
 
     rounding = 0.0 if dtype == torch.float32 else 2.0**-7
     try:
         pairs = zip(results("triton"), results("torch"), strict=True)
-        error = max(((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs)
+        error = max(
+            ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs
+        )
         problem = None if error <= SELF_TEST_TOLERANCE + rounding else f"a relative error of {error:.1e}"
     # Whatever a compiler or driver raises, such as too little shared memory: torch goes on without the kernels.
     except Exception as failure:

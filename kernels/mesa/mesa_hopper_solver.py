@@ -3,8 +3,9 @@
 
 The same iteration as `mesa_triton_solver`, for 16-bit keys with K and V of 64 or 128 in chunks of 64 tokens. One
 warpgroup solves a chunk: its tensor core instructions take the directions from registers and H, as float16 pairs, and
-the keys from shared memory, where nothing is written in a step but x. r, p and the product fill the registers; two
-programs share a multiprocessor, so that one computes on vectors while the other multiplies. Importing this needs triton.
+the keys from shared memory, where nothing is written in a step but the solution. The residuals r, the directions p and
+the product fill the registers; two programs share a multiprocessor, so that one computes on vectors while the other
+multiplies. Importing this needs triton.
 """
 
 from .mesa_triton_helpers import locate_chunk as triton_locate_chunk
@@ -58,7 +59,7 @@ def start_tile(shared, pointer, zero, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
 
 @gluon.jit
 def pair_product(top, rest, right, right_rest, zeros):
-    """`(top + rest) (right + right_rest)` without the product of the rests; operands from registers and shared memory."""
+    """`(top + rest) (right + right_rest)` without the product of the rests; the left pair comes from registers."""
     product = hopper.warpgroup_mma(top, right, zeros, use_acc=False, is_async=True)
     product = hopper.warpgroup_mma(rest, right, product, is_async=True)
     product = hopper.warpgroup_mma(top, right_rest, product, is_async=True)
@@ -116,7 +117,11 @@ def solve_chunks_hopper_kernel(
     BK: gl.constexpr,
     BV: gl.constexpr,
 ):
-    """Program chunk * heads + head; arguments as in `mesa_triton_solver.solve_chunks_kernel`, max_steps at least 1."""
+    """Program chunk * heads + head; arguments as in `mesa_triton_solver.solve_chunks_kernel`, max_steps at least 1.
+
+    VALUE_TERMS = 2 reads out values in float16 pairs; keys, and all that BACKWARD reads or writes of a gradient, are
+    single float16 numbers.
+    """
     C: gl.constexpr = 64
     INNER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     KEY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -124,8 +129,8 @@ def solve_chunks_hopper_kernel(
     KEY_TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
     VALUE_TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
     HALVES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    # x lies in shared memory as the threads hold r, pair of columns after pair: without bank conflicts, and at constant
-    # distances, for which no registers are needed.
+    # The solution lies in shared memory as the threads hold r, pair of columns after pair: without bank conflicts, and
+    # at constant distances, for which no registers are needed.
     PAIRS: gl.constexpr = [[0, 1], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [8, 0]]
     COLUMNS: gl.constexpr = [[0, 8], [0, 16], [0, 32], [0, 64]] if K == 128 else [[0, 8], [0, 16], [0, 32]]
     FLOATS: gl.constexpr = gl.SharedLinearLayout(PAIRS + COLUMNS)
@@ -271,7 +276,7 @@ def solve_chunks_hopper_kernel(
         r = r - alpha[:, None] * a
         rr = gl.sum(r * r, 1)
         count += active.to(gl.int32)
-        # After the last use of a: the whole of x passes through registers here.
+        # After the last use of a: the whole solution passes through registers here.
         direction = gl.convert_layout(p, KEY).to(gl.float32)
         result.store(result.load(KEY) + alpha[:, None] * direction)
         # A frozen row's direction is its residual: finite, and not used any more.
@@ -305,7 +310,7 @@ def solve_chunks_hopper_kernel(
         gl.store(from_earlier + block * C + token, earlier - later)
         gl.store(update_h + block * C + token, -from_start * unit)
     else:
-        # All warps have read H and x; G and the values take their place.
+        # All warps have read H and the solution; G and the values take their place.
         zero = unknown_zero(step)
         barrier()
         v = gl.allocate_shared_memory(gl.float16, [C, V], HALVES)
@@ -319,9 +324,7 @@ def solve_chunks_hopper_kernel(
         start_tile(g_rest, g_low, zero, K, V, VALUE_TILE)
         async_copy.commit_group()
         inner = gl.zeros([C, C], gl.float32, INNER)
-        inner = hopper.warpgroup_mma(
-            operand(top, INNER), k.permute((1, 0)), inner, use_acc=False, is_async=True
-        )
+        inner = hopper.warpgroup_mma(operand(top, INNER), k.permute((1, 0)), inner, use_acc=False, is_async=True)
         inner = hopper.warpgroup_mma(operand(rest, INNER), k.permute((1, 0)), inner, is_async=True)
         inner = hopper.warpgroup_mma_wait(0, deps=[inner])
         weight = gl.load(value_weight + block * C + source) * gl.load(value_unit + block * C + source)

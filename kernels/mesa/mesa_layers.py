@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .mesa_dispatch import select_backend
+from .mesa_dispatch import use_triton as mesa_runs_in_triton
 
 # What the Triton operators take; everything else, such as float64, stays in torch.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,21 +25,21 @@ LONGEST_NORM = 8192
 
 # A constant to whoever compiles a model: the answer for a device does not change.
 @torch.compiler.assume_constant_result
-def triton_operators_run_on(device: torch.device) -> bool:
+def triton_operators_run_on(device: torch.device, backend: str | None) -> bool:
     """Whether the Triton operators run on `device`; the first time they do, they are registered."""
-    if select_backend(device)[0] != "triton":
+    if select_backend(device, backend)[0] != "triton":
         return False
     from .mesa_triton_layers import LAUNCHES  # noqa: F401  (importing registers the operators)
 
     return True
 
 
-def use_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether the Triton operators take tensors of these dtypes, on the device of the first."""
+def use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton operators take these tensors' dtypes, on the device of the first (`backend` as elsewhere)."""
     return (
         tensors[0].is_cuda
         and all(tensor is None or tensor.dtype in TRITON_DTYPES for tensor in tensors)
-        and triton_operators_run_on(tensors[0].device)
+        and triton_operators_run_on(tensors[0].device, backend)
     )
 
 
@@ -51,11 +52,35 @@ def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torc
     return LAUNCHES[name](*arguments)
 
 
+def decode_layer(*arguments) -> torch.Tensor:
+    """`mesa_triton_decode.triton_decode_layer` without statistics: one token, up to the output projection."""
+    if torch.compiler.is_compiling():
+        return torch.ops.modeling_mesanet.triton_decode_layer(*arguments)[0]
+    from .mesa_triton_decode import triton_decode_layer
+
+    return triton_decode_layer(*arguments, output_stats=False)[0]
+
+
+@torch.compiler.assume_constant_result
+def decodes_layer(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int, backend: str | None = None
+) -> bool:
+    """Whether `decode_layer` takes layers of these sizes, with convolutions of this width, on `device`."""
+    if device.type != "cuda" or dtype not in TRITON_DTYPES or width > WIDEST_CONVOLUTION:
+        return False
+    if not mesa_runs_in_triton(device, dtype, key_dim, value_dim, backend):
+        return False
+    from .mesa_triton_decode import triton_decode_layer  # noqa: F401  (importing registers the operator)
+
+    return True
+
+
 def short_convolution(
     x: torch.Tensor,
     weight: torch.Tensor,
     state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Causal depthwise convolution over time, then SiLU: `y_t = silu(sum_j weight_j x_{t - (W - 1) + j})`.
 
@@ -65,12 +90,13 @@ def short_convolution(
         state: the W - 1 inputs before the first, oldest first, `[B, channels, W - 1]`; None is zeros.
         cu_seqlens: int32 or int64 `[S + 1]`, from 0 to T, not decreasing: B is 1, and each of the S packed sequences
             starts after zeros. Excludes `state`.
+        backend: as in `mesa_attention`.
 
     Returns:
         `y` as `x`, and the state after the last token, in the dtype of `x` (`[1, channels, 0]` for packed sequences).
     """
     state = None if state is None else state.to(x.dtype)
-    if use_triton(x, weight) and weight.shape[1] <= WIDEST_CONVOLUTION:
+    if use_triton(backend, x, weight) and weight.shape[1] <= WIDEST_CONVOLUTION:
         return run_triton("short_convolution", x, weight, state, cu_seqlens)
     (channels, width), length = weight.shape, x.shape[1]
     memory = width - 1
@@ -95,7 +121,13 @@ def short_convolution(
     return F.silu(y).transpose(1, 2), state
 
 
-def head_norm(o: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Tensor | None = None) -> torch.Tensor:
+def head_norm(
+    o: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    gate: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """RMSNorm over the last dimension, computed in float32 (or float64), times `silu(gate)` if there is a gate.
 
     Args:
@@ -103,11 +135,14 @@ def head_norm(o: torch.Tensor, weight: torch.Tensor, eps: float, gate: torch.Ten
         weight: `[V]`.
         eps: added to the mean square, greater than 0.
         gate: `[..., V]`, any floating dtype.
+        backend: as in `mesa_attention`.
 
     Returns:
         `o / sqrt(mean(o^2) + eps) * weight * silu(gate)`, `[..., V]` in the dtype of `o`.
     """
-    if use_triton(o, weight, gate) and o.shape[-1] <= LONGEST_NORM:
+    # A compiler fuses a norm without a gate with what is around it.
+    opaque = gate is not None or not torch.compiler.is_compiling()
+    if opaque and use_triton(backend, o, weight, gate) and o.shape[-1] <= LONGEST_NORM:
         return run_triton("head_norm", o, weight, eps, gate)
     wide = torch.promote_types(o.dtype, torch.float32)
     normed = F.rms_norm(o.to(wide), weight.shape, weight.to(wide), eps).to(o.dtype)
@@ -121,6 +156,7 @@ def gates(
     gamma_bias: torch.Tensor,
     forget_gate_bound: float | None = None,
     mask: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Input strength and log forget strength of every token and head; a pad neither writes nor forgets.
 
@@ -129,12 +165,13 @@ def gates(
         beta_bias, gamma_bias: `[H]`, as the logits.
         forget_gate_bound: in (0, 1]; the forget strength is multiplied by `1 - (1 - bound) * beta^2`. None: it is not.
         mask: bool `[B, T]`, False for pads.
+        backend: as in `mesa_attention`.
 
     Returns:
         `beta` in [0, 1] and `log_gamma`, at most 0, `[B, T, H]` as the logits.
     """
     logits_and_biases = (beta_logit, gamma_logit, beta_bias, gamma_bias)
-    if use_triton(beta_logit) and all(tensor.dtype == torch.float32 for tensor in logits_and_biases):
+    if use_triton(backend, beta_logit) and all(tensor.dtype == torch.float32 for tensor in logits_and_biases):
         return run_triton("gates", *logits_and_biases, forget_gate_bound, mask)
     beta = torch.sigmoid(beta_logit + beta_bias)
     log_gamma = F.logsigmoid(gamma_logit + gamma_bias)

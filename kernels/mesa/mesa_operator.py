@@ -15,7 +15,6 @@ from .mesa_decode import decode_step, decode_step_op
 from .mesa_dispatch import use_triton
 from .mesa_solver import l2_normalize
 
-
 # What the Triton kernels read as it is; other dtypes are converted to float32.
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -157,11 +156,13 @@ def mesa_step(
     tolerance: float | None = None,
     normalize_qk: bool = True,
     output_stats: bool = False,
+    backend: str | None = None,
 ) -> MesaOutput:
     """One token of `mesa_attention`, without gradients: T is 1 and `state` is updated in place.
 
     Args:
-        q, k, v, log_gamma, beta, lam, max_steps, tolerance, normalize_qk, output_stats: as in `mesa_attention`, T = 1.
+        q, k, v, log_gamma, beta, lam: as in `mesa_attention`, T = 1.
+        max_steps, tolerance, normalize_qk, output_stats, backend: as in `mesa_attention`.
         state: `(H, G)`, `[B, H, K, K]` and `[B, H, K, V]`, float32 (float64 when `q` is); overwritten with the new
             state.
 
@@ -181,11 +182,20 @@ def mesa_step(
     out_dtype, dtype = v.dtype, _compute_dtype(q)
     if h.dtype != dtype or g.dtype != dtype:
         raise ValueError(f"state is {h.dtype} and {g.dtype}; it must be {dtype}, the precision of the computation.")
-    q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype).contiguous() for tensor in (q, k, v, log_gamma, beta))
-    if normalize_qk:
-        q, k = l2_normalize(q), l2_normalize(k)
-    step = decode_step_op if torch.compiler.is_compiling() else decode_step
-    o, steps, residual = step(q, k, v, log_gamma, beta, lam.to(dtype), h, g, max_steps, tolerance)
+    if use_triton(q.device, q.dtype, q.shape[3], v.shape[3], backend):
+        from .mesa_triton_decode import triton_decode_step, triton_decode_step_op
+
+        inputs = (*(tensor.squeeze(1) for tensor in (q, k, v, log_gamma, beta)), lam, h, g, max_steps, tolerance)
+        if torch.compiler.is_compiling():
+            o, steps, residual = triton_decode_step_op(*inputs, normalize_qk)
+        else:
+            o, steps, residual = triton_decode_step(*inputs, normalize_qk, output_stats)
+    else:
+        q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype).contiguous() for tensor in (q, k, v, log_gamma, beta))
+        if normalize_qk:
+            q, k = l2_normalize(q), l2_normalize(k)
+        step = decode_step_op if torch.compiler.is_compiling() else decode_step
+        o, steps, residual = step(q, k, v, log_gamma, beta, lam.to(dtype), h, g, max_steps, tolerance)
     stats = SolverStats(steps.unsqueeze(1), residual.unsqueeze(1)) if output_stats else None
     return MesaOutput(o.unsqueeze(1).to(out_dtype), MesaState(h, g), stats)
 

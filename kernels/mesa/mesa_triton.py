@@ -2,11 +2,12 @@
 """The chunkwise Mesa layer on Triton kernels: launches, and their registration as torch operators with gradients.
 
 Forward: states at chunk boundaries (`mesa_triton_states`), then the solve and the read-out of every chunk
-(`mesa_triton_solver`). Backward: the states again, the second solve, the adjoint states from the last
-chunk to the first, and the gradients of every chunk (`mesa_triton_gradients`). Importing this needs triton.
+(`mesa_triton_solver`, or `mesa_hopper_solver` on Hopper GPUs). Backward: the states again, the second solve, the
+adjoint states from the last chunk to the first, and the gradients of every chunk (`mesa_triton_backward`). Importing
+this needs triton.
 
-Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks; KP and VP are K and
-V rounded up to powers of two.
+Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks; KP and VP are K
+and V rounded up to a power of two of at least 64.
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
-from .mesa_triton_backward import chunk_gradients_kernel
+from .mesa_triton_backward import key_gradients_kernel, value_gradients_kernel
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
@@ -26,8 +27,8 @@ from .mesa_triton_states import (
     prepare_chunks_kernel,
 )
 
-# Long sequences are cut into segments whose states are summed up side by side, so that about so many programs run: four
-# for each multiprocessor of the largest GPUs. A segment has at least MIN_SEGMENT_CHUNKS chunks.
+# Long sequences are cut into segments whose states are summed up side by side, so that about so many programs run:
+# four for each multiprocessor of the largest GPUs. A segment has at least MIN_SEGMENT_CHUNKS chunks.
 SEGMENT_PROGRAMS = 528
 MIN_SEGMENT_CHUNKS = 8
 
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Vectors of every token in float16 pairs `[N, H, C, D]`, in units `[N, H, C]` (powers of two, float32) a token."""
+    """Vectors of every token as float16 pairs `[N, H, C, D]`, each times its float32 `unit` `[N, H, C]`."""
 
     top: torch.Tensor
     rest: torch.Tensor
@@ -52,8 +53,11 @@ class Rows(NamedTuple):
 
 
 class Adjoints(NamedTuple):
-    """What the backward solve leaves for the adjoint states: gradients of o in float16 `[N, H, C, VP]` (with a rest for
-    float32 inputs) and its units, the weights of `y x^T` and `x e^T` `[N, H, C]`, and each token's gradient of decays before it.
+    """What the backward solve leaves for the adjoint states and the gradients.
+
+    Gradients of o in float16 `[N, H, C, VP]` (for float32 inputs in pairs, else the rest is None) and their units;
+    then, in float32 `[N, H, C]`, the weights of `y x^T` and `x e^T`, and the gradient of each token's decay from the
+    start of the chunk.
     """
 
     grad_rows: torch.Tensor
@@ -65,8 +69,10 @@ class Adjoints(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """What `prepare_chunks_kernel` makes of every chunk: keys and values in float16, `[N, H, C, KP]` and `[N, H, C, VP]`
-    (in pairs for float32 inputs, else the rests are None), float32 `[N, H, C]` a token and `[N, H, CHUNK_NUMBERS]`.
+    """What `prepare_chunks_kernel` makes of every chunk.
+
+    Keys and values in float16, `[N, H, C, KP]` and `[N, H, C, VP]` (in pairs for float32 inputs, else the rests are
+    None), float32 vectors `[N, H, C]`, and `numbers` `[N, H, CHUNK_NUMBERS]`.
     """
 
     keys: torch.Tensor
@@ -94,8 +100,11 @@ def named(*names: str, values: tuple | None) -> dict:
 
 
 def padded(size: int) -> int:
-    """`size` rounded up to a power of two of at least 16, the smallest side of a product on tensor cores."""
-    return max(16, 1 << (size - 1).bit_length())
+    """`size` rounded up to a power of two of at least 64.
+
+    Smaller tiles would do, but triton 3.6 reads past the end of some on Hopper (products of 16 or 32 columns).
+    """
+    return max(64, 1 << (size - 1).bit_length())
 
 
 def state_columns(size: int) -> int:
@@ -103,11 +112,11 @@ def state_columns(size: int) -> int:
 
 
 class Plan:
-    """How many chunks and segments there are, and where they begin; everything from shapes, without reading the device.
+    """How many chunks and segments there are, and where they begin; all from shapes, without reading the device.
 
-    Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the plan
-    has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens, 0 for
-    chunks that do not exist; `segment_table` `[segments, 3]`: first chunk, number of chunks, sequence).
+    Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the
+    plan has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens,
+    0 for chunks that do not exist; `segment_table` `[segments, 3]`: first chunk, number of chunks, sequence).
     """
 
     def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
@@ -125,7 +134,7 @@ class Plan:
         self.segments_per_row = -(-self.chunks_per_row // self.chunks_per_segment)
         self.segments = batch * self.segments_per_row
         if self.packed:
-            bounds, chunk_bounds, self.chunk_table, _ = cut(cu_seqlens.long(), chunk_size, self.chunks)
+            chunk_bounds, self.chunk_table, _ = cut(cu_seqlens.long(), chunk_size, self.chunks)
             self.segments = self.chunks // self.chunks_per_segment + self.sequences
             if not self.segmented:
                 self.segments = self.sequences
@@ -133,7 +142,7 @@ class Plan:
                 order = torch.arange(self.sequences, device=counts.device)
                 self.segment_table = torch.stack([chunk_bounds[:-1], counts, order], 1).int()
             else:
-                _, self.segment_bounds, table, order = cut(chunk_bounds, self.chunks_per_segment, self.segments)
+                self.segment_bounds, table, order = cut(chunk_bounds, self.chunks_per_segment, self.segments)
                 self.segment_table = torch.cat([table, order.unsqueeze(1)], 1).int()
 
 
@@ -141,8 +150,8 @@ def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
     """Cut the spans between `bounds` `[S + 1]` into pieces of `size`.
 
     Returns:
-        `bounds`; the bounds of the spans counted in pieces `[S + 1]`; a table `[room, 2]` of each piece's first element
-        and its length (0 for pieces that do not exist); the span that each belongs to `[room]`.
+        The bounds of the spans counted in pieces `[S + 1]`; a table `[room, 2]` of each piece's first element and its
+        length (0 for pieces that do not exist); the span that each belongs to `[room]`.
     """
     lengths = bounds.diff()
     piece_bounds = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
@@ -150,7 +159,7 @@ def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
     span = torch.searchsorted(piece_bounds[1:], piece, right=True).clamp_max(lengths.shape[0] - 1)
     start = (piece - piece_bounds[span]) * size
     count = (lengths[span] - start).clamp(0, size)
-    return bounds, piece_bounds, torch.stack([bounds[span] + start, count], 1), span
+    return piece_bounds, torch.stack([bounds[span] + start, count], 1), span
 
 
 def pair_like(plan, heads, key_padded, size_padded, device) -> Pair:
@@ -169,9 +178,7 @@ class Layer:
         self.value_dim = v.shape[-1]
         self.key_padded, self.value_padded = padded(self.key_dim), padded(self.value_dim)
         self.chunk_size = chunk_size_of(self.key_dim)
-        self.plan = Plan(
-            batch, length, self.heads, self.key_padded, self.value_padded, self.chunk_size, cu_seqlens
-        )
+        self.plan = Plan(batch, length, self.heads, self.key_padded, self.value_padded, self.chunk_size, cu_seqlens)
         self.terms = 2 if torch.float32 in (k.dtype, v.dtype) else 1
         self.sizes = {
             "C": self.chunk_size,
@@ -270,9 +277,7 @@ class Layer:
 
         def launch(number, start, end, decay):
             carry_states_kernel[self.carry_grid](
-                **chunks.some(
-                    "keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"
-                ),
+                **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
                 initial_h=None if start is None else start[0],
                 initial_g=None if start is None else start[1],
                 final_h=None if end is None else end[0],
@@ -300,9 +305,9 @@ class Layer:
         return h, g, self.carry(launch, initial, reverse=False)
 
     def adjoints(self, x: Rows, y: Rows, adjoints: Adjoints, h, g, chunks, initial):
-        """The adjoint states after every chunk, their inner products with the states, and the initial states' gradients."""
+        """The adjoint states after every chunk, their products with the states, and the initial states' gradients."""
         dh, dg = self.new_pairs()
-        # One number for each row of every block of columns; for a number of blocks that is no power of two, zeros follow.
+        # One number for each row of every block of columns; where the blocks are no power of two, zeros follow.
         blocks = self.carry_grid[1]
         crossings = (1 << (blocks - 1).bit_length()) * self.key_padded
         crossing = self.empty(self.plan.chunks, self.heads, crossings)
@@ -362,8 +367,8 @@ class Layer:
         """Solve for every token: forward (writes `o`), or backward given `x`.
 
         Returns:
-            The solutions (None unless `keep`), steps and residual (None unless `stats`), and what the backward pass goes
-            on with.
+            The solutions (None unless `keep`), steps and residual (None unless `stats`), and what the backward pass
+            goes on with (None forward).
         """
         backward = x is not None
         shape, tokens = (self.plan.chunks, self.heads, self.chunk_size), self.k.shape[:3]
@@ -371,6 +376,9 @@ class Layer:
         if keep:
             halves = (self.empty(*shape, self.key_padded, dtype=torch.float16) for _ in range(2))
             solution = Rows(*halves, self.empty(*shape))
+            if self.plan.packed:  # what is kept of chunks that do not exist must be the same in every run
+                for tensor in solution:
+                    tensor.zero_()
         if backward:
             halves = [self.empty(*shape, self.value_padded, dtype=torch.float16) for _ in range(self.terms)]
             adjoints = Adjoints(halves[0], *(halves[1:] or [None]), *(self.empty(*shape) for _ in range(4)))
@@ -435,36 +443,57 @@ class Layer:
         grad_lam = self.empty(self.plan.chunks, self.heads, self.key_padded)
         if self.plan.packed:  # chunks that do not exist have no part in it
             grad_lam.zero_()
-        names = [name for name in Chunks._fields if name not in ("key_weight", "key_update", "value_update")]
-        chunk_gradients_kernel[(self.plan.chunks * self.heads, 2)](
+        grad_q, grad_k, grad_v, grad_log_gamma, grad_beta = grads
+        later = self.empty(self.plan.chunks, self.heads, self.chunk_size, self.key_padded)
+        parts = self.key_padded // self.sizes["BK"]
+        carried = self.empty(self.plan.chunks, self.heads, parts, self.chunk_size)
+        shared = {
             **named("x", "x_rest", "x_unit", values=x),
             **named("y", "y_rest", "y_unit", values=y),
+            **chunks.some("keys", "keys_rest", "values", "values_rest", "decay_whole", "decay_fraction"),
+            **chunks.some("key_factor", "value_unit"),
+            "grad_rows": adjoints.grad_rows,
+            "grad_rows_rest": adjoints.grad_rows_rest,
+            "grad_unit": adjoints.grad_unit,
+            "later": later,
+            "carried": carried,
+            "SOLVED": solved,
+            "NORMALIZE": self.normalize,
+            "TERMS": self.terms,
+            **self.chunk_arguments,
+            **self.sizes,
+        }
+        value_gradients_kernel[(self.plan.chunks * self.heads, parts + 1)](
+            **shared,
             q=q,
-            beta=self.beta,
-            **chunks.some(*names),
-            grad_rows=adjoints.grad_rows,
-            grad_rows_rest=adjoints.grad_rows_rest,
-            grad_unit=adjoints.grad_unit,
+            value_weight=chunks.value_weight,
             dh_high=dh.high,
             dh_low=dh.low,
             dh_scale=dh.scale,
             dg_high=dg.high,
             dg_low=dg.low,
             dg_scale=dg.scale,
-            crossing=crossing,
-            from_earlier=adjoints.from_earlier,
-            **named("grad_q", "grad_k", "grad_v", "grad_log_gamma", "grad_beta", values=grads),
+            grad_q=grad_q,
+            grad_v=grad_v,
             grad_lam=grad_lam,
             epsilon=L2_NORM_EPS,
-            SOLVED=solved,
-            NORMALIZE=self.normalize,
-            TERMS=self.terms,
+            num_warps=4,
+            num_stages=2,
+        )
+        key_gradients_kernel[(self.plan.chunks * self.heads,)](
+            **shared,
+            beta=self.beta,
+            key_unit=chunks.key_unit,
+            numbers=chunks.numbers,
+            crossing=crossing,
+            from_earlier=adjoints.from_earlier,
+            grad_k=grad_k,
+            grad_log_gamma=grad_log_gamma,
+            grad_beta=grad_beta,
             CROSSINGS=crossing.shape[-1],
             CHUNK_NUMBERS=CHUNK_NUMBERS.value,
-            num_warps=8,
+            num_warps=4,
             num_stages=1,
-            **self.chunk_arguments,
-            **self.sizes,
         )
         return *grads, grad_lam[..., : self.key_dim].sum(0)
 
@@ -535,9 +564,9 @@ def triton_chunkwise(
     """Forward pass. q, k, v in bfloat16, float16 or float32, all others float32; all contiguous.
 
     Returns:
-        o `[B, T, H, V]` in the dtype of `v`, final states `[S, H, K, K]` and `[S, H, K, V]`; steps (int32) and relative
-        residual `[B, T, H]` if `output_stats`; the solutions as `Rows` for the backward pass if `keep_solution`. What was
-        not asked for is empty.
+        o `[B, T, H, V]` in the dtype of `v`, final states `[S, H, K, K]` and `[S, H, K, V]`; steps (int32) and
+        relative residual `[B, T, H]` if `output_stats`; the three tensors of the solutions' `Rows` for the backward
+        pass if `keep_solution`. What was not asked for is empty.
     """
     with torch.cuda.device_of(k):
         layer = Layer(k, v, log_gamma, beta, cu_seqlens, normalize_qk)
@@ -625,7 +654,24 @@ def triton_chunkwise_backward(
 
 
 @triton_chunkwise_backward.register_fake
-def _(grad_o, grad_h, grad_g, x, x_rest, x_unit, q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options):
+def _(
+    grad_o,
+    grad_h,
+    grad_g,
+    x,
+    x_rest,
+    x_unit,
+    q,
+    k,
+    v,
+    log_gamma,
+    beta,
+    lam,
+    initial_h,
+    initial_g,
+    cu_seqlens,
+    *options,
+):
     heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = (
@@ -636,7 +682,9 @@ def _(grad_o, grad_h, grad_g, x, x_rest, x_unit, q, k, v, log_gamma, beta, lam, 
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, max_steps, _, steps, tolerance, normalize, *_ = inputs
+    q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, max_steps, _, steps, tolerance, normalize, *_ = (
+        inputs
+    )
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(*output[5:], q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens)

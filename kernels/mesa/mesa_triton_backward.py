@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last Triton kernel of the backward pass: from solutions and adjoint states to the gradients of a chunk's inputs.
+"""The last two kernels of the backward pass: from solutions and adjoint states to the gradients of a chunk's inputs.
 
-Dimensions and formats as in `mesa_triton_helpers` and `mesa_triton_states`; s is the token that was written, t >= s one
-that reads it. Everything is laid out by s, so that a gradient is a row. Importing this needs triton.
+Dimensions and formats as in `mesa_triton_helpers` and `mesa_triton_states`; s is the token that was written, t >= s
+one that reads it. Everything is laid out by s, so that a gradient is a row. Importing this needs triton.
 """
 
-from .mesa_triton_helpers import decay_between, load_rows, locate_chunk, normalizer, scale_rows, split_half
+from .mesa_triton_helpers import load_rows, locate_chunk, normalizer, scale_rows, split_half
 from .mesa_triton_solver import dot_pairs
 
 try:
@@ -20,6 +20,17 @@ def load_pair(top, rest, offset, TERMS: tl.constexpr):
     high = tl.load(top + offset)
     if TERMS == 2:
         low = tl.load(rest + offset)
+    else:
+        low = high
+    return high, low
+
+
+@triton.jit
+def load_pair_again(top, rest, offset, TERMS: tl.constexpr):
+    """As `load_pair`, by a load that the compiler cannot merge with an earlier one to keep its result in registers."""
+    high = tl.load(top + offset, cache_modifier=".cg")
+    if TERMS == 2:
+        low = tl.load(rest + offset, cache_modifier=".cg")
     else:
         low = high
     return high, low
@@ -45,14 +56,35 @@ def through_norm(gradient, scaled, rho, unit, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def tail(rest, TERMS: tl.constexpr):
+    if TERMS == 2:
+        return rest.to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def decay_factors(decay_whole, decay_fraction, vectors, token, C: tl.constexpr):
+    """`zeta_ts` `[C, C]` by rows s and columns t, and `zeta_end,s` `[C]`."""
+    whole, fraction = tl.load(decay_whole + vectors), tl.load(decay_fraction + vectors)
+    last = token == C - 1
+    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
+    to_end = tl.exp2((whole_end - whole) + (fraction_end - fraction))
+    exponent = (whole[None, :] - whole[:, None]) + (fraction[None, :] - fraction[:, None])
+    causal = token[None, :] >= token[:, None]
+    return tl.where(causal, tl.exp2(tl.where(causal, exponent, 0.0)), 0.0), to_end
+
+
+@triton.jit
 def value_gradients(
     x, x_rest, x_unit, y, y_rest, y_unit, q, keys, keys_rest, grad_rows, grad_rows_rest, grad_unit, dg_high, dg_low,
     dg_scale, value_weight, grad_q, grad_v, grad_lam, zeta, to_end, index, row, inside, epsilon,
     NORMALIZE: tl.constexpr, SOLVED: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v, q and Lambda: `dv_s = beta_s (sum_t zeta_ts (x_t . k_s) e_t + zeta_end,s dG^T k_s)`, `dq_t = y_t`,
-    `dLambda = -sum_t x_t * y_t`.
+    """Gradients of v, q and Lambda.
+
+    `dv_s = beta_s (sum_t zeta_ts (x_t . k_s) e_t + zeta_end,s dG^T k_s)`, `dq_t = y_t`, `dLambda = -sum_t x_t * y_t`.
     """
     token, channel = tl.arange(0, C), tl.arange(0, KP)
     vectors = index * C + token
@@ -91,104 +123,52 @@ def value_gradients(
 
 
 @triton.jit
-def key_gradients(
-    x, x_rest, x_unit, y, y_rest, y_unit, keys, keys_rest, values, values_rest, grad_rows, grad_rows_rest, grad_unit,
-    dh_high, dh_low, dh_scale, dg_high, dg_low, dg_scale, beta, key_unit, key_factor, value_unit, crossing,
-    from_earlier, numbers_decay, grad_k, grad_log_gamma, grad_beta, zeta, to_end, index, row, inside,
-    NORMALIZE: tl.constexpr, SOLVED: tl.constexpr, TERMS: tl.constexpr, CROSSINGS: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def carried_gradients(
+    keys, keys_rest, values, values_rest, dh_high, dh_low, dh_scale, dg_high, dg_low, dg_scale, key_factor, value_unit,
+    later, carried, to_end, index, part, TERMS: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    r"""Gradients of k, beta and log gamma, with `c_ts = (e_t . v_s) - (y_t . k_s)` and `z_s = zeta_end,s`:
+    """The gradients that reach each token through the states after the chunk.
 
-    `dk_s = beta_s (sum_t zeta_ts (c_ts x_t - (x_t . k_s) y_t) + z_s (dG v_s + (dH + dH^T) k_s))`,
-    `dbeta_s = sum_t zeta_ts (x_t . k_s) c_ts + z_s k_s . (dG v_s + dH k_s)`, and for gamma the inner products of states
-    and adjoints, split by whether the state and the output lie inside the chunk.
+    Columns `part` of `z_s (dG v_s + (dH + dH^T) k_s)` to `later`, and their share of `z_s k_s . (dG v_s + dH k_s)` to
+    `carried`, with `z_s = zeta_end,s`.
     """
-    token, channel = tl.arange(0, C), tl.arange(0, KP)
+    token, channel = tl.arange(0, C), part * BK + tl.arange(0, BK)
     vectors = index * C + token
+    rho, unit_v = tl.load(key_factor + vectors), tl.load(value_unit + vectors)
     offset = vectors[:, None] * KP + channel[None, :]
-    k, k_rest = load_pair(keys, keys_rest, offset, TERMS)
-    rho = tl.load(key_factor + vectors)
-
-    # What the states after the chunk hold of each token: z_s (dG v_s + (dH + dH^T) k_s).
-    later = tl.zeros([C, KP], dtype=tl.float32)
-    inner = tl.zeros([C, C], dtype=tl.float32)
+    from_values = tl.zeros([C, BK], dtype=tl.float32)
     for start in range(0, VP, BV):
         column = start + tl.arange(0, BV)
         v, v_rest = load_pair(values, values_rest, vectors[:, None] * VP + column[None, :], TERMS)
         state_offset = index * KP * VP + channel[:, None] * VP + column[None, :]
         top, rest = load_pair(dg_high, dg_low, state_offset, 2)
-        later = dot_pairs(v, v_rest, tl.trans(top), tl.trans(rest), later, TERMS, 2)
-        top, rest = load_pair(grad_rows, grad_rows_rest, vectors[:, None] * VP + column[None, :], TERMS)
-        inner = dot_pairs(v, v_rest, tl.trans(top), tl.trans(rest), inner, TERMS, TERMS)
-    unit_v = tl.load(value_unit + vectors)
-    later *= (to_end * unit_v * tl.load(dg_scale + index * (VP // BV)))[:, None]
-    from_values = tl.sum(later * (k.to(tl.float32) + tail(k_rest, TERMS)), 1) * rho
-    both = tl.zeros([C, KP], dtype=tl.float32)
+        from_values = dot_pairs(v, v_rest, tl.trans(top), tl.trans(rest), from_values, TERMS, 2)
+    from_values *= (to_end * unit_v * tl.load(dg_scale + index * (VP // BV)))[:, None]
+    from_keys = tl.zeros([C, BK], dtype=tl.float32)
     for start in range(0, KP, BK):
-        part = start + tl.arange(0, BK)
-        left, left_rest = load_pair(keys, keys_rest, vectors[:, None] * KP + part[None, :], TERMS)
-        # Rows of dH, then columns.
-        state_offset = index * KP * KP + part[:, None] * KP + channel[None, :]
-        top, rest = load_pair(dh_high, dh_low, state_offset, 2)
-        both = dot_pairs(left, left_rest, top, rest, both, TERMS, 2)
-        transposed_offset = index * KP * KP + channel[:, None] * KP + part[None, :]
-        top, rest = load_pair(dh_high, dh_low, transposed_offset, 2)
-        both = dot_pairs(left, left_rest, tl.trans(top), tl.trans(rest), both, TERMS, 2)
-    both *= (to_end * rho * tl.load(dh_scale + index * (KP // BK)))[:, None]
-    from_keys = 0.5 * rho * tl.sum(both * (k.to(tl.float32) + tail(k_rest, TERMS)), 1)
-    gradient = later + both
-
-    # Inside the chunk: rows s, columns t.
-    tops, rests = load_pair(x, x_rest, offset, 2)
-    units = tl.load(x_unit + vectors)
-    zeros = tl.zeros([C, C], dtype=tl.float32)
-    from_x = dot_pairs(k, k_rest, tl.trans(tops), tl.trans(rests), zeros, TERMS, 2) * units[None, :] * rho[:, None]
-    coefficient = inner * (unit_v[:, None] * tl.load(grad_unit + vectors)[None, :])
-    if SOLVED:
-        solved, solved_rest = load_pair(y, y_rest, offset, 2)
-        units_y = tl.load(y_unit + vectors)
-        products = dot_pairs(k, k_rest, tl.trans(solved), tl.trans(solved_rest), zeros, TERMS, 2)
-        coefficient -= products * units_y[None, :] * rho[:, None]
-        gradient = weighted_sum(from_x * zeta * -units_y[None, :], solved, solved_rest, gradient, 2)
-    gradient = weighted_sum(coefficient * zeta * units[None, :], tops, rests, gradient, 2)
-
-    strength = tl.load(beta + row, mask=inside, other=0.0)
-    gate = from_x * coefficient * zeta
-    carried = from_values + from_keys
-    tl.store(grad_beta + row, tl.sum(gate, 1) + carried, mask=inside)
-    gate *= strength[:, None]
-    carried *= strength
-    earlier = tl.cumsum(gate, 0) - gate
-    earlier = tl.where(token[None, :] >= token[:, None], earlier, 0.0)
-    crossed = tl.sum(tl.load(crossing + index * CROSSINGS + tl.arange(0, CROSSINGS)), 0)
-    log_gamma = crossed * tl.load(numbers_decay) + tl.cumsum(carried, 0) - carried + tl.sum(earlier, 1)
-    log_gamma += tl.cumsum(tl.load(from_earlier + vectors), 0, reverse=True)
-    tl.store(grad_log_gamma + row, log_gamma, mask=inside)
-
+        other = start + tl.arange(0, BK)
+        k, k_rest = load_pair(keys, keys_rest, vectors[:, None] * KP + other[None, :], TERMS)
+        top, rest = load_pair(dh_high, dh_low, index * KP * KP + other[:, None] * KP + channel[None, :], 2)
+        from_keys = dot_pairs(k, k_rest, top, rest, from_keys, TERMS, 2)
+        top, rest = load_pair(dh_high, dh_low, index * KP * KP + channel[:, None] * KP + other[None, :], 2)
+        from_keys = dot_pairs(k, k_rest, tl.trans(top), tl.trans(rest), from_keys, TERMS, 2)
+    from_keys *= (to_end * rho * tl.load(dh_scale + index * (KP // BK)))[:, None]
+    k, k_rest = load_pair_again(keys, keys_rest, offset, TERMS)
     scaled = k.to(tl.float32) + tail(k_rest, TERMS)
-    gradient = through_norm(gradient * strength[:, None], scaled, rho, tl.load(key_unit + vectors), NORMALIZE)
-    where = inside[:, None] & (channel[None, :] < K)
-    tl.store(grad_k + row[:, None] * K + channel[None, :], gradient.to(grad_k.dtype.element_ty), mask=where)
-
-
-@triton.jit
-def tail(rest, TERMS: tl.constexpr):
-    if TERMS == 2:
-        return rest.to(tl.float32)
-    else:
-        return 0.0
+    products = tl.sum(scaled * (from_values + 0.5 * from_keys), 1) * rho
+    tl.store(carried + (index * (KP // BK) + part) * C + token, products)
+    tl.store(later + offset, from_values + from_keys)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "chunks_per_row"])
-def chunk_gradients_kernel(
+def key_gradients_kernel(
     x,
     x_rest,
     x_unit,
     y,
     y_rest,
     y_unit,
-    q,
     beta,
     keys,
     keys_rest,
@@ -199,30 +179,21 @@ def chunk_gradients_kernel(
     key_unit,
     key_factor,
     value_unit,
-    value_weight,
     numbers,
     grad_rows,
     grad_rows_rest,
     grad_unit,
-    dh_high,
-    dh_low,
-    dh_scale,
-    dg_high,
-    dg_low,
-    dg_scale,
+    later,
+    carried,
     crossing,
     from_earlier,
-    grad_q,
     grad_k,
-    grad_v,
     grad_log_gamma,
     grad_beta,
-    grad_lam,
     chunk_table,
     heads,
     length,
     chunks_per_row,
-    epsilon,
     SOLVED: tl.constexpr,
     PACKED: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -237,34 +208,142 @@ def chunk_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (chunk * heads + head, part): part 0 the gradients of k and the gates, part 1 those of v, q and Lambda.
+    r"""Gradients of k, beta and log gamma, with `c_ts = (e_t . v_s) - (y_t . k_s)`; program chunk * heads + head.
 
-    `grad_lam` `[N, H, KP]` takes a part for each chunk.
+    `dk_s = beta_s (sum_t zeta_ts (c_ts x_t - (x_t . k_s) y_t) + later_s)`,
+    `dbeta_s = sum_t zeta_ts (x_t . k_s) c_ts + carried_s`, and for gamma the inner products of states and adjoints,
+    split by whether the state and the output lie inside the chunk.
+    """
+    index, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
+    first, tokens = locate_chunk(tl.program_id(0) // heads, length, chunks_per_row, chunk_table, C, PACKED)
+    if tokens <= 0:
+        return
+    token, channel = tl.arange(0, C), tl.arange(0, KP)
+    inside = token < tokens
+    row = (first + token) * heads + head
+    vectors = index * C + token
+    zeta, _ = decay_factors(decay_whole, decay_fraction, vectors, token, C)
+    offset = vectors[:, None] * KP + channel[None, :]
+    k, k_rest = load_pair(keys, keys_rest, offset, TERMS)
+    rho, unit_v = tl.load(key_factor + vectors), tl.load(value_unit + vectors)
+    strength = tl.load(beta + row, mask=inside, other=0.0)
+
+    # Rows s and columns t. Tiles are loaded again for their second use: in registers they would displace the sums.
+    tops, rests = load_pair(x, x_rest, offset, 2)
+    units = tl.load(x_unit + vectors)
+    from_x = tl.zeros([C, C], dtype=tl.float32)
+    from_x = dot_pairs(k, k_rest, tl.trans(tops), tl.trans(rests), from_x, TERMS, 2) * units[None, :] * rho[:, None]
+    coefficient = tl.zeros([C, C], dtype=tl.float32)
+    for start in range(0, VP, BV):
+        column = start + tl.arange(0, BV)
+        v, v_rest = load_pair(values, values_rest, vectors[:, None] * VP + column[None, :], TERMS)
+        e, e_rest = load_pair(grad_rows, grad_rows_rest, vectors[:, None] * VP + column[None, :], TERMS)
+        coefficient = dot_pairs(v, v_rest, tl.trans(e), tl.trans(e_rest), coefficient, TERMS, TERMS)
+    coefficient *= unit_v[:, None] * tl.load(grad_unit + vectors)[None, :]
+    if SOLVED:
+        solved, solved_rest = load_pair(y, y_rest, offset, 2)
+        units_y = tl.load(y_unit + vectors)
+        products = tl.zeros([C, C], dtype=tl.float32)
+        products = dot_pairs(k, k_rest, tl.trans(solved), tl.trans(solved_rest), products, TERMS, 2)
+        coefficient -= products * units_y[None, :] * rho[:, None]
+    coefficient *= zeta
+    gate = from_x * coefficient
+    after = tl.zeros([C], dtype=tl.float32)
+    for part in range(KP // BK):
+        after += tl.load(carried + (index * (KP // BK) + part) * C + token)
+    tl.store(grad_beta + row, tl.sum(gate, 1) + after, mask=inside)
+    # sum_{s' < s} sum_{t >= s} of the gates: the inner sums as a product with a triangle of ones.
+    ones = (token[:, None] >= token[None, :]).to(tl.float16)
+    sums = tl.zeros([C, C], dtype=tl.float32)
+    sums = weighted_sum(gate * strength[:, None], ones, ones, sums, 1)
+    log_gamma = tl.sum(tl.where(token[:, None] < token[None, :], sums, 0.0), 0)
+    after *= strength
+    crossed = tl.sum(tl.load(crossing + index * CROSSINGS + tl.arange(0, CROSSINGS)), 0)
+    log_gamma += crossed * tl.load(numbers + index * CHUNK_NUMBERS) + tl.cumsum(after, 0) - after
+    log_gamma += tl.cumsum(tl.load(from_earlier + vectors), 0, reverse=True)
+    tl.store(grad_log_gamma + row, log_gamma, mask=inside)
+
+    gradient = tl.load(later + offset)
+    if SOLVED:
+        solved, solved_rest = load_pair_again(y, y_rest, offset, 2)
+        gradient = weighted_sum(from_x * zeta * -units_y[None, :], solved, solved_rest, gradient, 2)
+    tops, rests = load_pair_again(x, x_rest, offset, 2)
+    gradient = weighted_sum(coefficient * units[None, :], tops, rests, gradient, 2)
+    k, k_rest = load_pair_again(keys, keys_rest, offset, TERMS)
+    scaled = k.to(tl.float32) + tail(k_rest, TERMS)
+    gradient = through_norm(gradient * strength[:, None], scaled, rho, tl.load(key_unit + vectors), NORMALIZE)
+    where = inside[:, None] & (channel[None, :] < K)
+    tl.store(grad_k + row[:, None] * K + channel[None, :], gradient.to(grad_k.dtype.element_ty), mask=where)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "chunks_per_row"])
+def value_gradients_kernel(
+    x,
+    x_rest,
+    x_unit,
+    y,
+    y_rest,
+    y_unit,
+    q,
+    keys,
+    keys_rest,
+    values,
+    values_rest,
+    decay_whole,
+    decay_fraction,
+    key_factor,
+    value_unit,
+    value_weight,
+    grad_rows,
+    grad_rows_rest,
+    grad_unit,
+    dh_high,
+    dh_low,
+    dh_scale,
+    dg_high,
+    dg_low,
+    dg_scale,
+    later,
+    carried,
+    grad_q,
+    grad_v,
+    grad_lam,
+    chunk_table,
+    heads,
+    length,
+    chunks_per_row,
+    epsilon,
+    SOLVED: tl.constexpr,
+    PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TERMS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (chunk * heads + head, part): `later` `[N, H, C, KP]` and `carried` `[N, H, KP / BK, C]` for
+    `key_gradients_kernel`, a block of columns each; the last part is the gradients of v, q and Lambda (`grad_lam`
+    `[N, H, KP]`, a part for each chunk).
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
     first, tokens = locate_chunk(tl.program_id(0) // heads, length, chunks_per_row, chunk_table, C, PACKED)
     if tokens <= 0:
         return
     token = tl.arange(0, C)
-    inside = token < tokens
-    row = (first + token) * heads + head
     vectors = index * C + token
-    whole, fraction = tl.load(decay_whole + vectors), tl.load(decay_fraction + vectors)
-    # zeta_ts by rows s and columns t
-    zeta = tl.trans(decay_between(whole, fraction, C))
-    last = token == C - 1
-    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
-    to_end = tl.exp2((whole_end - whole) + (fraction_end - fraction))
-    if tl.program_id(1) == 0:
-        key_gradients(
-            x, x_rest, x_unit, y, y_rest, y_unit, keys, keys_rest, values, values_rest, grad_rows, grad_rows_rest,
-            grad_unit, dh_high, dh_low, dh_scale, dg_high, dg_low, dg_scale, beta, key_unit, key_factor, value_unit,
-            crossing, from_earlier, numbers + index * CHUNK_NUMBERS, grad_k, grad_log_gamma, grad_beta, zeta, to_end,
-            index, row, inside, NORMALIZE, SOLVED, TERMS, CROSSINGS, C, K, V, KP, VP, BK, BV,
+    zeta, to_end = decay_factors(decay_whole, decay_fraction, vectors, token, C)
+    if tl.program_id(1) < KP // BK:
+        carried_gradients(
+            keys, keys_rest, values, values_rest, dh_high, dh_low, dh_scale, dg_high, dg_low, dg_scale, key_factor,
+            value_unit, later, carried, to_end, index, tl.program_id(1), TERMS, C, KP, VP, BK, BV,
         )  # fmt: skip
     else:
         value_gradients(
             x, x_rest, x_unit, y, y_rest, y_unit, q, keys, keys_rest, grad_rows, grad_rows_rest, grad_unit, dg_high,
-            dg_low, dg_scale, value_weight, grad_q, grad_v, grad_lam, zeta, to_end, index, row, inside, epsilon,
-            NORMALIZE, SOLVED, TERMS, C, K, V, KP, VP, BV,
+            dg_low, dg_scale, value_weight, grad_q, grad_v, grad_lam, zeta, to_end, index,
+            (first + token) * heads + head, token < tokens, epsilon, NORMALIZE, SOLVED, TERMS, C, K, V, KP, VP, BV,
         )  # fmt: skip

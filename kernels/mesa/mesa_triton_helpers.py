@@ -91,12 +91,3 @@ def decay_exponents(log_gamma):
     log2 = tl.maximum(log_gamma * 1.4426950408889634, RESET)
     whole = tl.floor(log2)
     return tl.cumsum(whole, 0), tl.cumsum(log2 - whole, 0)
-
-
-@triton.jit
-def decay_between(whole, fraction, C: tl.constexpr):
-    """`zeta_ts` `[C, C]` for s <= t, else 0, from `decay_exponents`."""
-    token = tl.arange(0, C)
-    exponent = (whole[:, None] - whole[None, :]) + (fraction[:, None] - fraction[None, :])
-    causal = token[:, None] >= token[None, :]
-    return tl.where(causal, tl.exp2(tl.where(causal, exponent, 0.0)), 0.0)

@@ -573,7 +573,7 @@ def short_convolution_backward_op(
             SEARCH=SEARCH,
             num_warps=1,
         )
-    return grad_x, partial.sum(0).t().to(weight.dtype, memory_format=torch.contiguous_format), grad_state
+    return grad_x, partial.sum(0).t().contiguous().to(weight.dtype), grad_state
 
 
 @short_convolution_backward_op.register_fake

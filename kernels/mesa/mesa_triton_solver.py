@@ -48,7 +48,7 @@ def state_product(
 ):  # fmt: skip
     """`[R, KP]` vectors times H, without its scale: with H on chip, or in slices of BS rows from memory.
 
-    `left` (and `left_rest`, with two TERMS) are the vectors in float16; slices of them come from rows `row` of `source`.
+    `left` (and `left_rest`, with two TERMS) are the vectors in float16; their slices come from rows `row` of `source`.
     """
     channel = tl.arange(0, KP)
     product = tl.zeros([R, KP], dtype=tl.float32)
@@ -132,10 +132,11 @@ def solve_chunks_kernel(
 ):
     """Program (chunk * heads + head, row block): solve for R of a chunk's C tokens.
 
-    Forward: `b` = q; writes `o`, and x to `solution` if STORE_SOLUTION. BACKWARD: `b` = gradient e of o; the right-hand
-    sides are `G_t e_t`; writes y to `solution`, e in float16 to `grad_rows` (for both: pairs, in units of a row), the
-    weights with which `y x^T` and `x e^T` enter the adjoints of H and G before the chunk, and `from_earlier`, which is
-    `zeta_t0 (x_t . G e_t - y_t . H x_t)` with the states before the chunk.
+    Forward: `b` = q; writes `o`, and the solutions x to `solution` if STORE_SOLUTION. BACKWARD: `b` = gradient e of o,
+    and the arguments `x` are the forward's solutions; the right-hand sides are `G_t e_t`. Writes y to `solution`, e in
+    float16 to `grad_rows` (pairs if TERMS = 2), the weights with which `y x^T` and `x e^T` enter the adjoints of H and
+    G before the chunk, and `from_earlier`, which is `zeta_t0 (x_t . G e_t - y_t . H x_t)` with the states before the
+    chunk. Solutions are float16 pairs; they and `grad_rows` are in units of a power of two a token.
     """
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
     first, tokens = locate_chunk(tl.program_id(0) // heads, length, chunks_per_row, chunk_table, C, PACKED)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases for the chunkwise Triton kernels, and a program that runs them in Triton's interpreter on a CPU.
 
-`python interpreted_triton.py NAME ...` prints a JSON object: for each case the relative errors against the oracle. It is
-a process of its own because Triton reads TRITON_INTERPRET when the kernels are defined.
+`python interpreted_triton.py NAME ...` prints a JSON object: for each case the relative errors against the oracle. It
+is a process of its own because Triton reads TRITON_INTERPRET when the kernels are defined.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ CASES = {
     "wide_keys": Case("silu", 40, 136, 16),
     "wide_values": Case("silu", 40, 16, 200),
     "padded_sizes": Case("rank8", 70, 48, 24),
-    "one_token": Case("normal", 1),
+    "one_token": Case("normal", 1, has_state=True),
     "without_solver": Case("silu", 80, options={"max_steps": 0}),
     "unnormalized": Case("normal", 70, options={"normalize_qk": False}),
     "nearly_constant_keys": Case("scream", 100, 32, 32),

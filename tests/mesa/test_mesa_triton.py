@@ -53,7 +53,11 @@ class TestInterpreted:
         runs = [
             subprocess.Popen(
                 [sys.executable, str(folder / "interpreted_triton.py"), *part],
-                env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (folder, *sys.path)))},
+                env={
+                    **os.environ,
+                    "TRITON_INTERPRET": "1",
+                    "PYTHONPATH": os.pathsep.join(map(str, (folder, *sys.path))),
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -108,9 +112,7 @@ class TestOnGPU:
         inputs = inputs._replace(log_gamma=torch.zeros_like(inputs.log_gamma))
         inputs = Inputs(*(tensor.bfloat16() for tensor in inputs[:2]), *inputs[2:])
         on_gpu = [tensor.cuda() for tensor in inputs]
-        o, state, _ = mesa_attention(
-            *on_gpu, max_steps=64, tolerance=1e-4, output_final_state=True, backend="triton"
-        )
+        o, state, _ = mesa_attention(*on_gpu, max_steps=64, tolerance=1e-4, output_final_state=True, backend="triton")
         # The last token alone, from states summed up in float64.
         q, k = (torch.nn.functional.normalize(t[0, :, 0].double().cuda(), dim=-1) for t in inputs[:2])
         v, beta, lam = (t.double().cuda() for t in (inputs.v[0, :, 0], inputs.beta[0, :, 0], inputs.lam[0]))

@@ -37,7 +37,7 @@ def interpret():
     """Let a CPU take the Triton operators wherever a GPU would."""
     from modeling_mesanet.mesa.mesa_triton_layers import LAUNCHES  # noqa: F401  (importing registers the operators)
 
-    def use_triton(*tensors):
+    def use_triton(backend, *tensors):
         return all(tensor is None or tensor.dtype in TOLERANCES for tensor in tensors)
 
     mesa_layers.use_triton = use_triton
@@ -329,7 +329,7 @@ def test_interpreted_operators_in_a_compiled_graph(interpreted):
 
 
 def test_a_cpu_keeps_to_torch():
-    assert not mesa_layers.use_triton(torch.zeros(1))
+    assert not mesa_layers.use_triton(None, torch.zeros(1))
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -338,8 +338,8 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 @pytest.mark.gpu
 @cuda
 def test_operators_on_a_gpu_agree_with_float64():
-    assert mesa_layers.use_triton(torch.zeros(1, device="cuda"))
-    assert not mesa_layers.use_triton(torch.zeros(1, device="cuda", dtype=torch.float64))
+    assert mesa_layers.use_triton(None, torch.zeros(1, device="cuda"))
+    assert not mesa_layers.use_triton(None, torch.zeros(1, device="cuda", dtype=torch.float64))
     assert {name: error for name, error in small_errors("cuda").items() if not error <= 1.1} == {}
 
 
@@ -387,7 +387,7 @@ def test_compiled_graph_on_a_gpu():
 @cuda
 @pytest.mark.parametrize("name", ["bfloat16, state", "packed", "gated norm", "norm", "gates, mask"])
 def test_operators_are_registered_rightly(name):
-    mesa_layers.use_triton(torch.zeros(1, device="cuda"))
+    mesa_layers.use_triton(None, torch.zeros(1, device="cuda"))
     case = SMALL[name]
     inputs = case.inputs("cuda", torch.Generator().manual_seed(0))
     operators = torch.ops.modeling_mesanet
