@@ -279,12 +279,14 @@ class MesaNetMixer(nn.Module):
             for slot, convolution in zip((CONV_Q, CONV_K, CONV_V), convolutions, strict=True)
         ]
         gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
         o = decode_layer(
             q,
             k,
             v,
-            self.beta_proj(hidden_states),
-            self.gamma_proj(hidden_states),
+            beta_logit,
+            gamma_logit,
             *conv_states,
             *state,
             *(None if convolution is None else convolution.weight for convolution in convolutions),

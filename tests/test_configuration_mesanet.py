@@ -33,6 +33,7 @@ OTHER_VALUES = {
     "cg_max_steps": 20,
     "cg_tolerance": None,
     "chunk_size": 16,
+    "kernel_backend": "torch",
     "use_output_gate": True,
     "embedding_scale": 3.5,
     "logit_soft_cap": None,
@@ -135,6 +136,7 @@ def test_preset_takes_overrides_and_refuses_other_names():
         ("embedding_scale", -1.0, "greater than 0, or None"),
         ("embedding_scale", math.nan, "finite"),
         ("hidden_act", "sillu", "silu"),
+        ("kernel_backend", "cuda", "'auto', 'triton' or 'torch'"),
     ],
 )
 def test_bad_value_is_named_with_its_remedy(field, value, remedy):
@@ -155,6 +157,7 @@ def test_bad_value_is_named_with_its_remedy(field, value, remedy):
         ("forget_gate_bound", "off", "float"),
         ("cg_tolerance", "1e-4", "float"),
         ("hidden_act", None, "str"),
+        ("kernel_backend", None, "str"),
         ("layer_types", "linear_attention", "list"),
     ],
 )

@@ -486,6 +486,27 @@ def test_autocast_leaves_gates_and_solver_in_float32(tiny_model, monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_autocast_leaves_the_gates_of_a_fused_step_in_float32(tiny_model, monkeypatch):
+    """The kernel of a step is a stand-in that looks at the gates' logits."""
+    model = tiny_model()
+    seen = []
+
+    def decode_layer(q, k, v, beta_logit, gamma_logit, *rest):
+        seen.append((beta_logit, gamma_logit))
+        return torch.zeros_like(v)
+
+    monkeypatch.setattr(modeling_mesanet, "decodes_layer", lambda *arguments: True)
+    monkeypatch.setattr(modeling_mesanet, "decode_layer", decode_layer)
+    mixer, hidden = model.model.layers[0].mixer, torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(random_ids(2, 5), use_cache=True).past_key_values
+        mixer(hidden, past_key_values=cache)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixer(hidden, past_key_values=cache)
+    for expected, actual in zip(*seen, strict=True):
+        assert torch.equal(expected, actual)
+
+
 # --------------------------------------------------------------------------------------------- arguments, outputs
 
 

@@ -882,7 +882,7 @@ def main(
     only: Annotated[str, typer.Option(help=f"Sections, with commas: {', '.join(SECTIONS)}. All by default.")] = "",
     revision: Annotated[str | None, typer.Option(help="Git revision of this code, where it is no checkout.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to instead of results/.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="No row is begun that would end later than this.")] = 225,
+    seconds: Annotated[float, typer.Option(min=0, help="No row is begun that would end later than this.")] = 480,
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, to try the program; written to outputs/.")] = False,
 ) -> None:
     """Measure the Mesa operator and its peer."""

@@ -5,8 +5,8 @@
     python kernels/benchmarks/shared_memory.py --dtype float32 --sizes 64
 
 Prints a markdown table, which `kernels/README.md` quotes; bold is more than the device has. The launches are those of
-the code: a forward pass, a backward pass and a decoding step run on a few tokens with recorders in place of the kernels,
-and what they would have launched is compiled for every device.
+the code: a forward pass, a backward pass and a decoding step run on a few tokens with recorders in place of the
+kernels, and what they would have launched is compiled for every device.
 """
 
 import math
@@ -31,8 +31,6 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-# Options of a launch; all other keywords are arguments of the kernel.
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -46,8 +44,6 @@ class Launch(NamedTuple):
         name = self.kernel.fn.__name__.removesuffix("_kernel")
         if name.startswith("solve_chunks"):
             name += ", backward" if self.arguments["BACKWARD"] else ", forward"
-        if name == "decode":
-            name += ", one program a multiprocessor" if self.arguments["EARLY"] else ", several"
         return name
 
 
@@ -62,7 +58,7 @@ class Recorder:
 
 
 def record(capability: int, size: int, dtype: torch.dtype) -> list[Launch]:
-    """What a layer with heads of K = V = `size` launches, each kernel once (the solve and decoding twice)."""
+    """What a layer with heads of K = V = `size` launches, each kernel once (the solve twice)."""
     from modeling_mesanet.mesa import mesa_triton, mesa_triton_decode
 
     launches: list[Launch] = []
@@ -85,11 +81,9 @@ def record(capability: int, size: int, dtype: torch.dtype) -> list[Launch]:
         )
     decoder = Recorder(mesa_triton_decode.decode_kernel, launches)
     with mock.patch.object(mesa_triton_decode, "decode_kernel", decoder):
-        # As many programs as the one multiprocessor of a CPU, and more.
-        for heads in (1, 2):
-            token = [tensor[:, 0, :heads] for tensor in (*qkv, *gates)]
-            states = [torch.zeros(1, heads, size, size) for _ in range(2)]
-            mesa_triton_decode.triton_decode_step(*token, lam[:heads], *states, 30, None)
+        token = [tensor[:, 0] for tensor in (*qkv, *gates)]
+        states = [torch.zeros(1, 2, size, size) for _ in range(2)]
+        mesa_triton_decode.triton_decode_step(*token, lam, *states, 30, None)
     return list({launch.name: launch for launch in launches}.values())
 
 
@@ -99,11 +93,10 @@ def compiled_bytes(launch: Launch, capability: int) -> int:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-    arguments = dict(launch.arguments)
-    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    options = {name: value for name, value in launch.arguments.items() if name not in launch.kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
-        value = arguments[parameter.name]
+        value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):

@@ -15,8 +15,9 @@ import torch
 BACKEND_VARIABLE = "MESANET_BACKEND"
 BACKENDS = ("auto", "triton", "torch")
 
-# The oldest devices whose tensor cores the kernels' float16 products were compiled for.
-OLDEST_CAPABILITY = (7, 5)
+# Triton has no tensor core products for older devices (such as 7.5): it multiplies there number by number, in tiles
+# that do not fit the registers.
+OLDEST_CAPABILITY = (8, 0)
 
 # Largest key and value size of the kernels.
 LARGEST_HEAD = 256
@@ -81,7 +82,8 @@ def select_backend(device: torch.device | str, backend: str | None = None) -> tu
     """The backend that runs the operators on `device`, "triton" or "torch", and why.
 
     Raises:
-        BackendError: `backend`, or the environment, asks for one that does not exist or cannot run on `device`.
+        BackendError: `backend` or the environment name one that does not exist; `backend` asks for one that cannot run
+            on `device`, or the environment for one that cannot run on this GPU.
     """
     requested = requested_backend(backend)
     if requested == "torch":
@@ -93,7 +95,8 @@ def select_backend(device: torch.device | str, backend: str | None = None) -> tu
     if requested == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         runs, reason = triton_imports()
         reason = reason or "Triton's interpreter runs the kernels"
-    if requested == "triton" and not runs:
+    # The environment speaks for a whole program, whose tensors on the CPU are none of Triton's.
+    if requested == "triton" and not runs and (backend == "triton" or device.type == "cuda"):
         raise BackendError(f"the Triton backend was asked for, but {reason}; use 'auto' or 'torch'.")
     return ("triton" if runs else "torch"), reason
 
@@ -138,13 +141,15 @@ def kernels_are_right(
     """
     from .mesa_operator import mesa_attention, mesa_step
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = (1, 96, 1)
     sizes = (key_dim, key_dim, value_dim)
-    q, k, v = (torch.randn(*shape, size, generator=generator).to(device, dtype) for size in sizes)
-    log_gamma = torch.full(shape, -0.05, device=device)
-    beta = torch.full(shape, 0.5, device=device)
-    inputs = (q, k, v, log_gamma, beta, torch.full((1, key_dim), 0.5, device=device))
+    # Device and dtype are named everywhere, since a program may have set others as torch's defaults.
+    on_cpu, on_device = {"dtype": torch.float32, "device": "cpu"}, {"dtype": torch.float32, "device": device}
+    q, k, v = (torch.randn(*shape, size, generator=generator, **on_cpu).to(device, dtype) for size in sizes)
+    log_gamma = torch.full(shape, -0.05, **on_device)
+    beta = torch.full(shape, 0.5, **on_device)
+    inputs = (q, k, v, log_gamma, beta, torch.full((1, key_dim), 0.5, **on_device))
 
     def results(backend: str) -> list[torch.Tensor]:
         # Whoever saves tensors in a way of their own, such as gradient checkpointing, must not see these.
@@ -155,8 +160,8 @@ def kernels_are_right(
             # In bfloat16 and float16 the outputs differ by their own rounding, of up to 2^-8.
             gradients = torch.autograd.grad(o.float().square().sum(), leaves) if differentiable else ()
             if differentiable:
-                return [o, *gradients]
-            state = (torch.zeros(1, 1, key_dim, size, device=device) for size in (key_dim, value_dim))
+                return [o.detach(), *gradients]
+            state = (torch.zeros(1, 1, key_dim, size, **on_device) for size in (key_dim, value_dim))
             token = (tensor[:, :1] for tensor in inputs[:5])
             step, (h, g), _ = mesa_step(*token, inputs[5], tuple(state), max_steps=64, tolerance=1e-6, backend=backend)
         return [o, step, h, g]
@@ -164,9 +169,8 @@ def kernels_are_right(
     rounding = 0.0 if dtype == torch.float32 else 2.0**-7
     try:
         pairs = zip(results("triton"), results("torch"), strict=True)
-        error = max(
-            ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs
-        )
+        errors = [(ours.double() - theirs.double()).norm() / theirs.double().norm() for ours, theirs in pairs]
+        error = torch.stack(errors).max().item()  # NaN if one of them is
         problem = None if error <= SELF_TEST_TOLERANCE + rounding else f"a relative error of {error:.1e}"
     # Whatever a compiler or driver raises, such as too little shared memory: torch goes on without the kernels.
     except Exception as failure:

@@ -6,6 +6,7 @@ Dimensions: B batch, S sequences (S = B unless packed), T tokens, H heads, K key
 
 from itertools import pairwise
 from numbers import Integral, Real
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def mesa_attention(
     limits = (max_steps, tolerance, backward_max_steps, backward_tolerance)
     floats = (q, k, v, log_gamma, beta, lam) + (() if initial_h is None else (initial_h, initial_g))
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
-    if v.numel() and use_triton(q.device, q.dtype, q.shape[3], v.shape[3], backend, differentiable):
+    if v.numel() and _runs_in_triton(q, v, backend, differentiable):
         from .mesa_triton import triton_chunkwise  # imports triton
 
         q, k, v = (tensor if tensor.dtype in _TRITON_DTYPES else tensor.float() for tensor in (q, k, v))
@@ -182,7 +183,7 @@ def mesa_step(
     out_dtype, dtype = v.dtype, _compute_dtype(q)
     if h.dtype != dtype or g.dtype != dtype:
         raise ValueError(f"state is {h.dtype} and {g.dtype}; it must be {dtype}, the precision of the computation.")
-    if use_triton(q.device, q.dtype, q.shape[3], v.shape[3], backend):
+    if _runs_in_triton(q, v, backend):
         from .mesa_triton_decode import triton_decode_step, triton_decode_step_op
 
         inputs = (*(tensor.squeeze(1) for tensor in (q, k, v, log_gamma, beta)), lam, h, g, max_steps, tolerance)
@@ -216,6 +217,11 @@ def check_solver(max_steps: int, tolerance: float | None, prefix: str = "") -> t
             f"{prefix}tolerance is {tolerance!r}; it must lie between 0 and 1, or be None for fixed steps."
         )
     return int(max_steps), None if tolerance is None else float(tolerance)
+
+
+def _runs_in_triton(q: torch.Tensor, v: torch.Tensor, backend: str | None, differentiable: bool = False) -> bool:
+    # Where a compiler holds all sizes symbolic, `index` fixes those of the heads: the answer depends on them.
+    return use_triton(q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), backend, differentiable)
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:

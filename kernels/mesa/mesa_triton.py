@@ -492,7 +492,8 @@ class Layer:
             grad_beta=grad_beta,
             CROSSINGS=crossing.shape[-1],
             CHUNK_NUMBERS=CHUNK_NUMBERS.value,
-            num_warps=4,
+            # Without Hopper's products, whose operands lie in shared memory, four warps would run out of registers.
+            num_warps=4 if is_hopper(self.k.device) else 8,
             num_stages=1,
         )
         return *grads, grad_lam[..., : self.key_dim].sum(0)
@@ -504,9 +505,14 @@ class Layer:
 
 
 @functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def hopper_kernel(device: torch.device):
     """The solve written for Hopper, or None on other devices."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return None
     try:
         from .mesa_hopper_solver import solve_chunks_hopper_kernel
