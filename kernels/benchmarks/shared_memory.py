@@ -72,7 +72,8 @@ def record(capability: int, size: int, dtype: torch.dtype) -> list[Launch]:
     lam = torch.ones(2, size)
     names = [name for name in vars(mesa_triton) if name.endswith("_kernel") and name != "hopper_kernel"]
     kernels = {name: Recorder(getattr(mesa_triton, name), launches) for name in names}
-    with mock.patch.multiple(mesa_triton, **kernels, hopper_kernel=lambda device: hopper):
+    device = {"hopper_kernel": lambda device: hopper, "shared_memory_of": lambda device: DEVICES[capability][1]}
+    with mock.patch.multiple(mesa_triton, **kernels, **device, is_hopper=lambda device: capability == 90):
         *_, x, x_rest, x_unit = mesa_triton.triton_chunkwise(
             *qkv, *gates, lam, None, None, None, 30, None, 30, None, True, True, False
         )

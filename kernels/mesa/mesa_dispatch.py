@@ -10,6 +10,7 @@ import os
 import warnings
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Environment variable: the backend where neither an argument nor the model's config names one.
 BACKEND_VARIABLE = "MESANET_BACKEND"
@@ -24,6 +25,10 @@ LARGEST_HEAD = 256
 
 # Relative difference to torch that the first use on a device lets pass; both solve to a residual of 1e-6.
 SELF_TEST_TOLERANCE = 1e-3
+
+
+# What `kernels_are_right` has turned down: devices, head sizes, dtypes, and whether with gradients.
+FAULTY: set[tuple] = set()
 
 
 class BackendError(ValueError):
@@ -125,10 +130,11 @@ def use_triton(
                 f"{dtype}, K {key_dim}, V {value_dim}); use 'auto' or 'torch'."
             )
         return True
+    if not fits:
+        return False
+    case = device, key_dim, value_dim, dtype, differentiable
     # What is being captured cannot wait for a test; the eager run before it has made one.
-    if not fits or torch.cuda.is_current_stream_capturing():
-        return fits
-    return kernels_are_right(device, key_dim, value_dim, dtype, differentiable)
+    return case not in FAULTY if torch.cuda.is_current_stream_capturing() else kernels_are_right(*case)
 
 
 @functools.cache
@@ -139,6 +145,23 @@ def kernels_are_right(
 
     Tried once, on two chunks, with the gradients if `differentiable`; kernels that fail are not used, with a warning.
     """
+    # Whoever traces, fakes, counts or caches operations, such as an export, must not see or answer these.
+    with _disable_current_modes():
+        problem = problem_of_kernels(device, key_dim, value_dim, dtype, differentiable)
+    if problem is not None:
+        FAULTY.add((device, key_dim, value_dim, dtype, differentiable))
+        warnings.warn(
+            f"The Triton kernels for heads of {key_dim} and {value_dim} do not work on {device} ({problem}); torch "
+            f"computes instead, more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def problem_of_kernels(
+    device: torch.device, key_dim: int, value_dim: int, dtype: torch.dtype, differentiable: bool
+) -> str | None:
+    """What is wrong with the kernels for these sizes on `device`, or None."""
     from .mesa_operator import mesa_attention, mesa_step
 
     generator = torch.Generator("cpu").manual_seed(0)
@@ -175,10 +198,4 @@ def kernels_are_right(
     # Whatever a compiler or driver raises, such as too little shared memory: torch goes on without the kernels.
     except Exception as failure:
         problem = f"{type(failure).__name__}: {failure}"
-    if problem is not None:
-        warnings.warn(
-            f"The Triton kernels for heads of {key_dim} and {value_dim} do not work on {device} ({problem}); torch "
-            f"computes instead, more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
-            stacklevel=2,
-        )
-    return problem is None
+    return problem

@@ -237,6 +237,7 @@ def solve_chunks_hopper_kernel(
     limit = threshold * rr
     active = rr > limit
     p = operand((r * (1.0 / power_of_two(gl.sqrt(rr)) * DIRECTION_SCALE)[:, None]).to(gl.float16), KEY)
+    size = gl.full([C], 2.0 * DIRECTION_SCALE, gl.float32, ROW)  # what the norm of p cannot exceed
     # The blocks of one state share their scale.
     state_unit = from_start * gl.load(h_scale + block * (K // BK))
     result = gl.allocate_shared_memory(gl.float32, [C, K], FLOATS)
@@ -279,10 +280,12 @@ def solve_chunks_hopper_kernel(
         # After the last use of a: the whole solution passes through registers here.
         direction = gl.convert_layout(p, KEY).to(gl.float32)
         result.store(result.load(KEY) + alpha[:, None] * direction)
-        # A frozen row's direction is its residual: finite, and not used any more.
-        ratio = gl.where(active, rr / slope, 0.0)
-        bound = power_of_two(gl.sqrt(rr) + gl.abs(ratio) * (2.0 * DIRECTION_SCALE))
-        p = operand(((r + ratio[:, None] * direction) * (1.0 / bound * DIRECTION_SCALE)[:, None]).to(gl.float16), KEY)
+        # As in `mesa_triton_solver`.
+        ratio = gl.where(active & (slope > 0), rr / slope, 0.0)
+        bound = gl.sqrt(rr) + ratio * size
+        factor = 1.0 / power_of_two(bound) * DIRECTION_SCALE
+        size = bound * factor
+        p = operand(((r + ratio[:, None] * direction) * factor[:, None]).to(gl.float16), KEY)
         active = active & (rr > limit)
         step += 1
         remaining = gl.max(active.to(gl.int32), 0)

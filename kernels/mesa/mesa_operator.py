@@ -120,14 +120,15 @@ def mesa_attention(
     limits = (max_steps, tolerance, backward_max_steps, backward_tolerance)
     floats = (q, k, v, log_gamma, beta, lam) + (() if initial_h is None else (initial_h, initial_g))
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
-    if v.numel() and _runs_in_triton(q, v, backend, differentiable):
+    if v.numel() and _runs_in_triton(q, k, v, backend, differentiable):
         from .mesa_triton import triton_chunkwise  # imports triton
 
         q, k, v = (tensor if tensor.dtype in _TRITON_DTYPES else tensor.float() for tensor in (q, k, v))
         inputs = (tensor.contiguous() for tensor in (q, k, v, log_gamma, beta, lam))
         states = (None, None) if initial_h is None else (initial_h.contiguous(), initial_g.contiguous())
+        bounds = None if cu_seqlens is None else cu_seqlens.to(q.device)
         o, final_h, final_g, steps, residual, *_ = triton_chunkwise(
-            *inputs, *states, cu_seqlens, *limits, normalize_qk, differentiable, output_stats
+            *inputs, *states, bounds, *limits, normalize_qk, differentiable, output_stats
         )
     else:
         q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
@@ -183,7 +184,7 @@ def mesa_step(
     out_dtype, dtype = v.dtype, _compute_dtype(q)
     if h.dtype != dtype or g.dtype != dtype:
         raise ValueError(f"state is {h.dtype} and {g.dtype}; it must be {dtype}, the precision of the computation.")
-    if _runs_in_triton(q, v, backend):
+    if _runs_in_triton(q, k, v, backend):
         from .mesa_triton_decode import triton_decode_step, triton_decode_step_op
 
         inputs = (*(tensor.squeeze(1) for tensor in (q, k, v, log_gamma, beta)), lam, h, g, max_steps, tolerance)
@@ -219,9 +220,13 @@ def check_solver(max_steps: int, tolerance: float | None, prefix: str = "") -> t
     return int(max_steps), None if tolerance is None else float(tolerance)
 
 
-def _runs_in_triton(q: torch.Tensor, v: torch.Tensor, backend: str | None, differentiable: bool = False) -> bool:
+def _runs_in_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None, differentiable: bool = False
+) -> bool:
+    # Float32 keys or values take other kernels, which need a test of their own.
+    dtype = torch.float32 if q.dtype != torch.float64 and torch.float32 in (k.dtype, v.dtype) else q.dtype
     # Where a compiler holds all sizes symbolic, `index` fixes those of the heads: the answer depends on them.
-    return use_triton(q.device, q.dtype, index(q.shape[3]), index(v.shape[3]), backend, differentiable)
+    return use_triton(q.device, dtype, index(q.shape[3]), index(v.shape[3]), backend, differentiable)
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:

@@ -107,10 +107,6 @@ def padded(size: int) -> int:
     return max(64, 1 << (size - 1).bit_length())
 
 
-def state_columns(size: int) -> int:
-    return min(STATE_COLUMNS, size)
-
-
 class Plan:
     """How many chunks and segments there are, and where they begin; all from shapes, without reading the device.
 
@@ -124,7 +120,7 @@ class Plan:
         self.sequences = cu_seqlens.shape[0] - 1 if self.packed else batch
         self.chunks_per_row = -(-length // chunk_size)
         self.chunks = length // chunk_size + self.sequences if self.packed else batch * self.chunks_per_row
-        blocks = key_padded // state_columns(key_padded) + value_padded // state_columns(value_padded)
+        blocks = (key_padded + value_padded) // STATE_COLUMNS
         self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, -(-self.chunks * heads * blocks // SEGMENT_PROGRAMS))
         longest = self.chunks if self.packed else self.chunks_per_row
         self.segmented = self.chunks_per_segment < longest
@@ -165,7 +161,7 @@ def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
 def pair_like(plan, heads, key_padded, size_padded, device) -> Pair:
     shape = (plan.chunks, heads, key_padded, size_padded)
     high, low = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
-    blocks = size_padded // state_columns(size_padded)
+    blocks = size_padded // STATE_COLUMNS
     return Pair(high, low, torch.empty(plan.chunks, heads, blocks, dtype=torch.float32, device=device))
 
 
@@ -186,8 +182,8 @@ class Layer:
             "V": self.value_dim,
             "KP": self.key_padded,
             "VP": self.value_padded,
-            "BK": state_columns(self.key_padded),
-            "BV": state_columns(self.value_padded),
+            "BK": STATE_COLUMNS,
+            "BV": STATE_COLUMNS,
         }
 
     def empty(self, *shape, dtype=torch.float32):
@@ -384,6 +380,8 @@ class Layer:
             adjoints = Adjoints(halves[0], *(halves[1:] or [None]), *(self.empty(*shape) for _ in range(4)))
         steps = self.empty(*tokens, dtype=torch.int32) if stats else None
         residual = self.empty(*tokens) if stats else None
+        if stats and max_steps == 0:  # the kernel has none to write
+            steps.zero_(), residual.zero_()
         arguments = {
             "b": b,
             "lam": lam,
@@ -418,8 +416,7 @@ class Layer:
                 **arguments, **sizes, values_rest=chunks.values_rest, VALUE_TERMS=self.terms, num_warps=4
             )
         else:
-            rows = min(32, self.chunk_size)
-            resident = self.key_padded <= 128
+            rows, resident, rows_of_slice = solve_blocks(shared_memory_of(self.k.device), self.key_padded, self.terms)
             # Directions pass through memory where H does not stay on chip.
             scratch = h.high if resident else self.empty(*shape, self.key_padded, dtype=torch.float16)
             solve_chunks_kernel[(blocks, self.chunk_size // rows)](
@@ -431,7 +428,7 @@ class Layer:
                 RESIDENT=resident,
                 TERMS=self.terms,
                 R=rows,
-                BS=min(64, self.key_padded),
+                BS=rows_of_slice,
                 num_warps=4,
                 num_stages=2,
             )
@@ -499,9 +496,31 @@ class Layer:
         return *grads, grad_lam[..., : self.key_dim].sum(0)
 
     def fits_hopper(self, backward: bool) -> bool:
-        """Float32 values are read out in two terms; float32 keys, and gradients, are left to the plain kernel."""
+        """Float32 values are read out in two terms; float32 keys, and gradients, are left to the plain kernel.
+
+        So are keys that are not normalised: their products may leave float16, which only the plain kernel prevents.
+        """
         terms = self.terms == 1 or (not backward and self.k.dtype != torch.float32)
-        return terms and {self.key_dim, self.value_dim} <= {64, 128}
+        return terms and self.normalize and {self.key_dim, self.value_dim} <= {64, 128}
+
+
+@functools.cache
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def solve_blocks(shared_memory: int, key_padded: int, terms: int) -> tuple[int, bool, int]:
+    """Tokens that a program of the plain solve takes, whether H stays on chip, and else the rows of H in a slice.
+
+    With H on chip, K = V = 128 and 32 tokens take 88 kB of shared memory in 16 bits and 104 kB in float32; an A100 has
+    163 kB, an RTX 3090 or 4090 99 kB. In slices of 32 rows they take 64 kB at most, and 256 takes 74 kB.
+    """
+    if key_padded == 64 or (key_padded == 128 and (terms == 1 or shared_memory >= 104 * 1024)):
+        return 32, True, 64
+    return 16, False, 32
 
 
 @functools.cache

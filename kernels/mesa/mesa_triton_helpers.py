@@ -85,9 +85,11 @@ def normalizer(scaled, scale, epsilon, NORMALIZE: tl.constexpr):
 def decay_exponents(log_gamma):
     """Cumulative log2 of decays `[C]` as a whole and a fractional part, from the natural logs `[C]` of the gammas.
 
-    `zeta_ts = 2^((whole_t - whole_s) + (fraction_t - fraction_s))`. The differences of the whole parts are exact, and
-    the fractional parts stay below C, so that strong forgetting and resets cancel nothing.
+    `zeta_ts = 2^((whole_t - whole_s) + (fraction_t - fraction_s))`. The differences of the whole parts are exact, so
+    that strong forgetting and resets cancel nothing; the fractional parts, at most a half each, add up to little where
+    little is forgotten.
     """
-    log2 = tl.maximum(log_gamma * 1.4426950408889634, RESET)
-    whole = tl.floor(log2)
+    log2 = log_gamma * 1.4426950408889634
+    log2 = tl.where(log2 < RESET, RESET, log2)  # unlike a maximum, keeps NaN
+    whole = tl.floor(log2 + 0.5)
     return tl.cumsum(whole, 0), tl.cumsum(log2 - whole, 0)

@@ -214,11 +214,21 @@ def solve_chunks_kernel(
         unit = normalizer(r, unit, epsilon, NORMALIZE)
 
     if SOLVE:
+        system_scale = state_scale
+        if not NORMALIZE:
+            # Keys may be of any length, but their products with the directions must fit into float16: H + Lambda is
+            # divided by a power of two. Normalised keys have weights of at most 1.
+            divisor = 1.0 / tl.maximum(power_of_two(tl.max(tl.abs(tl.load(key_weight + block * C + s)), 0)), 1.0)
+            key_decay *= divisor
+            regularizer *= divisor
+            system_scale *= divisor
+            unit *= divisor
         result = tl.zeros([R, KP], dtype=tl.float32)
         rr = tl.sum(r * r, 1)
         limit = threshold * rr
         active = rr > limit
         p = (r * (1.0 / power_of_two(tl.sqrt(rr)) * DIRECTION_SCALE)[:, None]).to(tl.float16)
+        size = tl.full([R], 2.0 * DIRECTION_SCALE, dtype=tl.float32)  # what the norm of p cannot exceed
         count = tl.zeros([R], dtype=tl.int32)
         source = scratch + block * C * KP
         step = 0
@@ -233,7 +243,7 @@ def solve_chunks_kernel(
             inner = dot_pairs(p, p, tl.trans(k), tl.trans(k_rest), inner, 1, TERMS) * key_decay
             a = state_product(p, p, source, source, high, low, h_high, h_low, t, 1, RESIDENT, KP, R, BS)
             direction = p.to(tl.float32)
-            a = a * state_scale + regularizer * direction
+            a = a * system_scale + regularizer * direction
             inner, inner_rest = split_half(inner)
             a = dot_pairs(inner, inner_rest, k, k_rest, a, 2, TERMS)
             curvature = tl.sum(direction * a, 1)
@@ -244,11 +254,16 @@ def solve_chunks_kernel(
             r -= alpha[:, None] * a
             count += active.to(tl.int32)
             rr = tl.sum(r * r, 1)
-            # A frozen row's direction is its residual: finite, and not used any more.
-            ahead = tl.where(active, rr / slope, 0.0)
+            # A frozen row's direction is its residual: finite, and not used any more. So is that of a row whose
+            # direction has been lost to rounding: it starts afresh.
+            ahead = tl.where(active & (slope > 0), rr / slope, 0.0)
             direction = r + ahead[:, None] * direction
-            bound = power_of_two(tl.sqrt(rr) + tl.abs(ahead) * (2.0 * DIRECTION_SCALE))
-            p = (direction * (1.0 / bound * DIRECTION_SCALE)[:, None]).to(tl.float16)
+            # From the last direction's own bound: a constant one would shrink the directions step after step, while
+            # they are much longer than the residuals, until float16 loses them.
+            bound = tl.sqrt(rr) + ahead * size
+            factor = 1.0 / power_of_two(bound) * DIRECTION_SCALE
+            size = bound * factor
+            p = (direction * factor[:, None]).to(tl.float16)
             active = active & (rr > limit)
             step += 1
             remaining = tl.max(active.to(tl.int32), 0)

@@ -39,6 +39,7 @@ def nothing_decided(monkeypatch):
     """No wish in the environment, and nothing remembered from before or for later."""
     monkeypatch.delenv("MESANET_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(mesa_dispatch, "FAULTY", set())
     for function in CACHED:
         function.cache_clear()
     yield
@@ -227,6 +228,13 @@ class TestLimits:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert mesa_dispatch.use_triton(CPU, torch.float32, 16, 12)
         assert not kernels.calls
+
+    def test_kernels_that_failed_are_not_captured(self, kernels, monkeypatch):
+        kernels.fault = lambda o: o * 2
+        with pytest.warns(UserWarning, match="do not work on cpu"):
+            assert not mesa_dispatch.use_triton(CPU, torch.float32, 16, 12)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not mesa_dispatch.use_triton(CPU, torch.float32, 16, 12)
 
     def test_nothing_to_compute_asks_nobody(self, kernels):
         inputs = make_inputs("silu", 1, 0, 1, 16, 12, dtype=torch.float32)
