@@ -32,6 +32,9 @@ from .mesa_triton_states import (
 SEGMENT_PROGRAMS = 528
 MIN_SEGMENT_CHUNKS = 8
 
+# Why the solve for Hopper could not be compiled or launched, if so; it is then not tried again.
+HOPPER_FAULTS: list[Exception] = []
+
 # Columns of a state that one program carries.
 STATE_COLUMNS = 64
 
@@ -409,13 +412,7 @@ class Layer:
             **self.chunk_arguments,
         }
         blocks = self.plan.chunks * self.heads
-        hopper = hopper_kernel(self.k.device) if max_steps > 0 and self.fits_hopper(backward) else None
-        if hopper is not None:
-            sizes = {name: self.sizes[name] for name in ("K", "V", "BK", "BV")}
-            hopper[(blocks,)](
-                **arguments, **sizes, values_rest=chunks.values_rest, VALUE_TERMS=self.terms, num_warps=4
-            )
-        else:
+        if not (max_steps > 0 and self.fits_hopper(backward) and self.solve_on_hopper(blocks, arguments, chunks)):
             rows, resident, rows_of_slice = solve_blocks(shared_memory_of(self.k.device), self.key_padded, self.terms)
             # Directions pass through memory where H does not stay on chip.
             scratch = h.high if resident else self.empty(*shape, self.key_padded, dtype=torch.float16)
@@ -433,6 +430,23 @@ class Layer:
                 num_stages=2,
             )
         return solution, steps, residual, adjoints
+
+    def solve_on_hopper(self, blocks: int, arguments: dict, chunks: Chunks) -> bool:
+        """Launch the solve written for Hopper; False where there is none, or where it failed once."""
+        kernel = hopper_kernel(self.k.device)
+        if kernel is None or HOPPER_FAULTS:
+            return False
+        sizes = {name: self.sizes[name] for name in ("K", "V", "BK", "BV")}
+        try:
+            kernel[(blocks,)](
+                **arguments, **sizes, values_rest=chunks.values_rest, VALUE_TERMS=self.terms, num_warps=4
+            )
+        # Gluon is younger than the rest of triton, and still moves; the plain kernel does the same.
+        except Exception as error:
+            HOPPER_FAULTS.append(error)
+            message = f"The Triton solve for Hopper fails ({type(error).__name__}: {error}); a slower kernel solves."
+            warnings.warn(message, stacklevel=2)
+        return not HOPPER_FAULTS
 
     def gradients(self, x: Rows, y: Rows, q, adjoints: Adjoints, dh, dg, crossing, chunks, solved):
         """The gradients of q, k, v, log_gamma, beta and lam."""
@@ -535,8 +549,7 @@ def hopper_kernel(device: torch.device):
         return None
     try:
         from .mesa_hopper_solver import solve_chunks_hopper_kernel
-    # Gluon is younger than the rest of triton, and still moves; the plain kernel does the same.
-    except Exception as error:
+    except Exception as error:  # as in `solve_on_hopper`
         warnings.warn(f"Triton's Gluon cannot be used ({error}); a slower kernel solves instead.", stacklevel=2)
         return None
     return solve_chunks_hopper_kernel

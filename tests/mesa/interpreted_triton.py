@@ -30,6 +30,7 @@ class Case(NamedTuple):
     segmented: bool = False
     dtype: torch.dtype = torch.float32
     options: dict = {}
+    key_scale: float = 1.0
 
 
 CASES = {
@@ -43,7 +44,9 @@ CASES = {
     "padded_sizes": Case("rank8", 70, 48, 24),
     "one_token": Case("normal", 1, has_state=True),
     "without_solver": Case("silu", 80, options={"max_steps": 0}),
-    "unnormalized": Case("normal", 70, options={"normalize_qk": False}),
+    "unnormalized": Case("normal", 70, options={"normalize_qk": False}, key_scale=0.3),
+    # Products beyond float16, and more steps than there are channels.
+    "unnormalized_long_keys": Case("normal", 70, options={"normalize_qk": False, "max_steps": 150}, key_scale=20.0),
     "nearly_constant_keys": Case("scream", 100, 32, 32),
     "large_values": Case("large_values", 70),
     "strong_forgetting": Case("strong", 70),
@@ -57,8 +60,7 @@ def compare(case: Case, device: str = "cpu", backend: str = "triton") -> dict[st
     batch = 2 if case.lengths is None else 1
     inputs = make_inputs(case.family, batch, case.length, 2, case.key_dim, case.value_dim, dtype=torch.float32)
     inputs = Inputs(*(tensor.to(case.dtype) for tensor in inputs[:3]), *inputs[3:])
-    if case.options.get("normalize_qk") is False:
-        inputs = inputs._replace(k=inputs.k * 0.3)
+    inputs = inputs._replace(k=inputs.k * case.key_scale)
     sequences = batch if case.lengths is None else len(case.lengths)
     sizes = (sequences, 2, case.key_dim, case.value_dim)
     state = make_state(*sizes, dtype=torch.float32) if case.has_state else None
