@@ -47,6 +47,7 @@ DECODE_GOALS = {1: 20, 8: 22, 64: 100, 256: 320}  # microseconds by batch
 FIRST_CALL_GOAL = 15  # seconds
 ERROR_GOALS = {"tolerance 1e-3": 1e-3, "tolerance 1e-4": 2e-4}  # in every family of inputs
 SHOWN_FAMILIES = {"easy": "easy", "scream": "near-constant keys", "rank8": "rank-8 keys"}
+CURVE_SIZES = {"gradient_norms": ".2f", "residuals": ".1e"}
 NEIGHBOURS = {"gdn": "Gated DeltaNet", "gla": "gated linear attention", "sdpa": "flash attention (SDPA)"}
 
 
@@ -134,7 +135,71 @@ def gpu_operators(results: dict) -> str:
     return "\n".join(lines)
 
 
+CURVE_FAMILIES = SHOWN_FAMILIES | {"repeat": "one token repeated"}
+CURVE_ERRORS = {
+    "ours, tolerance 1e-3": ("mesa, tolerance 1e-3",),
+    "ours, tolerance 1e-4": ("mesa, tolerance 1e-4",),
+    "ours, 30 steps": ("mesa, 30 steps",),
+    # Where the peer does not take float32 values, its output in bfloat16 stands.
+    "peer, 30 steps": ("peer, 30 steps, float32 values", "peer, 30 steps"),
+}
+
+
+def curve_row(text: str, row: dict, goal: float | None = None) -> str:
+    """One line of the table of trainings; a run whose losses differ by more than the goal is called missed."""
+    losses = row["losses"]
+    shown = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else "-"
+    largest = [f"{max(row[key]):{form}}" if losses else "-" for key, form in CURVE_SIZES.items()]
+    difference = row.get("difference")
+    differs = "-"
+    if difference is not None:
+        missed = goal is not None and not difference <= goal
+        differs = f"{difference:.2%} at step {row['step']}{', missed' * missed}"
+    steps = row.get("failed") or len(losses)
+    return f"| {text}: {row['name']} | {steps} | {shown} | {differs} | {' | '.join(largest)} |"
+
+
+def training_curves(results: dict) -> str:
+    """Training through the Triton path beside torch's, and on repeated tokens; errors on such inputs."""
+    # Written section by section: what an interrupted run did not reach is left out.
+    text, repeated, errors = results["text"], results.get("repeated"), results.get("errors", [])
+    lines = [
+        "| training on | steps | loss, first and last | largest difference to torch at any step, "
+        f"at most {text['goal']:.1%} wanted | largest gradient norm | largest residual of the solver |",
+        "|---|---|---|---|---|---|",
+    ]
+    # The goal is the first run's; another is a control, which shows what rounding alone does.
+    goals = [text["goal"]] + [None] * (len(text["runs"]) - 1)
+    lines += [curve_row("text", row, goal) for row, goal in zip(text["runs"], goals, strict=True)]
+    if repeated:
+        lines += [curve_row("text, a third of it runs of one token", row) for row in repeated["runs"]]
+    if errors:
+        lines += ["", f"| relative error of o | {' | '.join(CURVE_ERRORS)} |", "|---" * (1 + len(CURVE_ERRORS)) + "|"]
+    for row in errors:
+        found = [[row["errors"][key] for key in keys if key in row["errors"]] for keys in CURVE_ERRORS.values()]
+        shown = " | ".join(f"{error[0]:.1e}" if error else "-" for error in found)
+        lines.append(f"| {CURVE_FAMILIES[row['family']]} | {shown} |")
+    plan, versions = results["plan"], results["versions"]
+    lines.append("")
+    if results["figure"]:
+        lines += [f"![losses](kernels/benchmarks/results/{results['figure']})", ""]
+    longest = f" The longest run of one token has {repeated['longest_run']:,}." if repeated else ""
+    lines.append(
+        f"{plan['layers']} layers of {plan['hidden_size']} with {plan['heads']} heads of {plan['head_dim']}, "
+        f"{plan['batch']} x {plan['length']} tokens of the novels a step, bfloat16 autocast, AdamW with a peak rate "
+        f"of {plan['learning_rate']:g}; at most "
+        f"{plan['cg_max_steps_training']} solver steps to a residual of {plan['cg_tolerance_training']:.0e}, on both "
+        f"paths.{longest} Errors: output in float32 against a dense float64 solve, K = V = {plan['error_size']}, "
+        f"{plan['error_length']:,} tokens; peer: flash-linear-attention {versions['flash-linear-attention']}. "
+        f"{results['gpu']}, torch {versions['torch']}, triton {versions['triton']}; {results['date']}, revision "
+        f"{results['revision']}; from `kernels/benchmarks/training_curves.py`."
+    )
+    return "\n".join(lines)
+
+
 TABLES = {"cpu_generation": cpu_generation, "gpu_operators": gpu_operators}
+# These stand in the README once they were measured.
+MEASURED_LATER = {"training_curves": training_curves}
 
 
 def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
@@ -161,7 +226,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
     Raises:
         SystemExit: a table has no place in `text`, or its results cannot be traced to a commit.
     """
-    for name, table in TABLES.items():
+    for name, table in (TABLES | MEASURED_LATER).items():
         machines = results_of(name, folder)
         if not machines:
             continue

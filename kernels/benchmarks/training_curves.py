@@ -287,8 +287,8 @@ class Curves:
         name, backend = ("Triton", "triton") if self.on_gpu else (REFERENCE.name, REFERENCE.backend)
         tokens = with_runs(self.tokens, self.tokenizer.bos_token_id, *self.plan.runs)
         runs = [
-            Run(f"{name}, forget gate at most {REFERENCE.forget_gate_bound}", backend),
-            Run(f"{name}, forget gate without a bound", backend, forget_gate_bound=None),
+            Run(f"{name}, forget gate bound {REFERENCE.forget_gate_bound}", backend),
+            Run(f"{name}, no forget gate bound", backend, forget_gate_bound=None),
         ]
         return {
             "runs": [self.train(run, tokens, self.plan.repeated_steps) for run in runs],
@@ -337,8 +337,8 @@ def problems(results: dict) -> list[str]:
     ]
     found += [
         f"{row['name']}: the loss differs by {row['difference']:.2%} at step {row['step']}, by more than {GOAL:.1%}"
-        for row in results["text"]["runs"]
-        if row.get("difference") is not None and not row["difference"] <= GOAL
+        for row in results["text"]["runs"][:1]  # a control is only measured
+        if row["difference"] is not None and not row["difference"] <= GOAL
     ]
     for row in results["errors"]:
         for setting, promised in PROMISED.items():
@@ -374,11 +374,10 @@ def draw(results: dict, path: Path) -> None:
     differences.set(title=f"text: difference of the losses to {reference['name']}", ylabel="%")
     for index, row in enumerate(results["repeated"]["runs"]):
         curve(repeated, row, row["losses"], color=f"C{index}")
-        curve(sizes, row | {"name": f"gradient norm; {row['name']}"}, row["gradient_norms"], color=f"C{index}")
-        residuals = row | {"name": f"largest residual; {row['name']}"}
-        curve(sizes, residuals, row["residuals"], color=f"C{index}", linestyle=":")
+        curve(sizes, row, row["gradient_norms"], color=f"C{index}")
+        curve(sizes, row, row["residuals"], color=f"C{index}", linestyle=":")
     repeated.set(title="a third of the text is runs of one token", ylabel="cross-entropy, nats per token")
-    sizes.set(title="the same", yscale="log")
+    sizes.set(title="the same: gradient norm (above), largest relative residual (dotted)", yscale="log")
     for axes in panels.flat:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
@@ -392,6 +391,7 @@ def main(
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds corpus/ (default: MESANET_DATA).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of each path on text (200).")] = None,
     repeated_steps: Annotated[int | None, typer.Option(min=1, help="Of each run on repeated tokens (100).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak (1e-3).")] = None,
     control: Annotated[
         bool, typer.Option(help="Also train by torch with other chunks: what rounding alone changes.")
     ] = False,
@@ -411,7 +411,8 @@ def main(
             select_backend(place, "triton")
         folder = data_folder(data_dir)
         plan = SMOKE if smoke else Plan()
-        plan = replace(plan, steps=steps or plan.steps, repeated_steps=repeated_steps or plan.repeated_steps)
+        given = {"steps": steps, "repeated_steps": repeated_steps, "learning_rate": learning_rate}
+        plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
         tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())
         count = (max(plan.steps, plan.repeated_steps) * plan.batch + 1) * plan.length
         tokens = read_tokens(folder, tokenizer, count)
