@@ -3,6 +3,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,3 +242,18 @@ def test_results_without_a_commit_are_refused(scripts, tmp_path, revision, messa
     (tmp_path / "gpu_operators_H200.json").write_text(json.dumps(sample() | {"revision": revision}), encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         scripts.tables.render(README, tmp_path)
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+    """The interpreter takes programs that the compiler refuses; 8.6 has the plain solve, 9.0 the one for Hopper."""
+    pytest.importorskip("triton", reason="triton is not installed; nothing can be compiled")
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "shared_memory.py"), "--sizes", "64", "--devices", "86,90"],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "does not compile" not in run.stdout, run.stderr[-2000:]
+    for kernel in ("solve_chunks, backward", "solve_chunks_hopper, backward", "key_gradients", "decode"):
+        assert f"| {kernel} | 64 |" in run.stdout

@@ -110,7 +110,6 @@ def solve_chunks_hopper_kernel(
     STORE_SOLUTION: gl.constexpr,
     STATS: gl.constexpr,
     PACKED: gl.constexpr,
-    NORMALIZE: gl.constexpr,
     VALUE_TERMS: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
@@ -230,8 +229,7 @@ def solve_chunks_hopper_kernel(
     else:
         r = gl.load(b + row[:, None] * K + channel[None, :], mask=inside[:, None], other=0.0).to(gl.float32)
         r, unit = scale_rows(r)
-        if NORMALIZE:
-            unit = gl.rsqrt(gl.sum(r * r, 1) + epsilon / unit / unit)
+        unit = gl.rsqrt(gl.sum(r * r, 1) + epsilon / unit / unit)
 
     rr = gl.sum(r * r, 1)
     limit = threshold * rr

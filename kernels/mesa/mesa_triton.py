@@ -21,6 +21,9 @@ from .mesa_triton_backward import key_gradients_kernel, value_gradients_kernel
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
+    FIRST_PASS,
+    SECOND_PASS,
+    SINGLE_PASS,
     carry_adjoints_kernel,
     carry_states_kernel,
     join_segments_kernel,
@@ -115,7 +118,7 @@ class Plan:
 
     Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the
     plan has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens,
-    0 for chunks that do not exist; `segment_table` `[segments, 3]`: first chunk, number of chunks, sequence).
+    0 for chunks that do not exist; `segment_table` `[segments, 2]`: first chunk, number of chunks).
     """
 
     def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
@@ -133,24 +136,21 @@ class Plan:
         self.segments_per_row = -(-self.chunks_per_row // self.chunks_per_segment)
         self.segments = batch * self.segments_per_row
         if self.packed:
-            chunk_bounds, self.chunk_table, _ = cut(cu_seqlens.long(), chunk_size, self.chunks)
-            self.segments = self.chunks // self.chunks_per_segment + self.sequences
-            if not self.segmented:
-                self.segments = self.sequences
-                counts = chunk_bounds.diff()
-                order = torch.arange(self.sequences, device=counts.device)
-                self.segment_table = torch.stack([chunk_bounds[:-1], counts, order], 1).int()
+            chunk_bounds, self.chunk_table = cut(cu_seqlens.long(), chunk_size, self.chunks)
+            if self.segmented:
+                self.segments = self.chunks // self.chunks_per_segment + self.sequences
+                self.segment_bounds, self.segment_table = cut(chunk_bounds, self.chunks_per_segment, self.segments)
             else:
-                self.segment_bounds, table, order = cut(chunk_bounds, self.chunks_per_segment, self.segments)
-                self.segment_table = torch.cat([table, order.unsqueeze(1)], 1).int()
+                self.segments = self.sequences
+                self.segment_table = torch.stack([chunk_bounds[:-1], chunk_bounds.diff()], 1)
 
 
-def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
+def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the spans between `bounds` `[S + 1]` into pieces of `size`.
 
     Returns:
-        The bounds of the spans counted in pieces `[S + 1]`; a table `[room, 2]` of each piece's first element and its
-        length (0 for pieces that do not exist); the span that each belongs to `[room]`.
+        The bounds of the spans counted in pieces `[S + 1]`, and a table `[room, 2]` of each piece's first element and
+        its length (0 for pieces that do not exist).
     """
     lengths = bounds.diff()
     piece_bounds = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
@@ -158,14 +158,7 @@ def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, ...]:
     span = torch.searchsorted(piece_bounds[1:], piece, right=True).clamp_max(lengths.shape[0] - 1)
     start = (piece - piece_bounds[span]) * size
     count = (lengths[span] - start).clamp(0, size)
-    return piece_bounds, torch.stack([bounds[span] + start, count], 1), span
-
-
-def pair_like(plan, heads, key_padded, size_padded, device) -> Pair:
-    shape = (plan.chunks, heads, key_padded, size_padded)
-    high, low = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
-    blocks = size_padded // STATE_COLUMNS
-    return Pair(high, low, torch.empty(plan.chunks, heads, blocks, dtype=torch.float32, device=device))
+    return piece_bounds, torch.stack([bounds[span] + start, count], 1)
 
 
 class Layer:
@@ -193,10 +186,14 @@ class Layer:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
     def new_pairs(self) -> tuple[Pair, Pair]:
-        return tuple(
-            pair_like(self.plan, self.heads, self.key_padded, size, self.k.device)
-            for size in (self.key_padded, self.value_padded)
-        )
+        """Room for H and G, or their adjoints, at every chunk."""
+
+        def pair(size: int) -> Pair:
+            shape = (self.plan.chunks, self.heads)
+            halves = (self.empty(*shape, self.key_padded, size, dtype=torch.float16) for _ in range(2))
+            return Pair(*halves, self.empty(*shape, size // STATE_COLUMNS))
+
+        return pair(self.key_padded), pair(self.value_padded)
 
     def boundary_states(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -208,10 +205,10 @@ class Layer:
         """Run `launch(pass number, start, end, segment decay)` over all segments; returns the final states."""
         plan, final = self.plan, self.boundary_states(self.plan.sequences)
         if not plan.segmented:
-            launch(0, initial, final, None)
+            launch(SINGLE_PASS.value, initial, final, None)
             return final
         parts, decay = self.boundary_states(plan.segments), self.empty(plan.segments, self.heads)
-        launch(1, None, parts, decay)
+        launch(FIRST_PASS.value, None, parts, decay)
         for part, start, end in zip(parts, initial or (None, None), final, strict=True):
             size = part.shape[-1] * part.shape[-2]
             join_segments_kernel[(plan.sequences * self.heads, -(-size // 1024))](
@@ -228,7 +225,7 @@ class Layer:
                 PACKED=plan.packed,
                 REVERSE=reverse,
             )
-        launch(2, parts, None, None)
+        launch(SECOND_PASS.value, parts, None, None)
         return final
 
     @property
@@ -277,16 +274,10 @@ class Layer:
         def launch(number, start, end, decay):
             carry_states_kernel[self.carry_grid](
                 **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
-                initial_h=None if start is None else start[0],
-                initial_g=None if start is None else start[1],
-                final_h=None if end is None else end[0],
-                final_g=None if end is None else end[1],
-                h_high=h.high,
-                h_low=h.low,
-                h_scale=h.scale,
-                g_high=g.high,
-                g_low=g.low,
-                g_scale=g.scale,
+                **named("initial_h", "initial_g", values=start),
+                **named("final_h", "final_g", values=end),
+                **named("h_high", "h_low", "h_scale", values=h),
+                **named("g_high", "g_low", "g_scale", values=g),
                 segment_decay=decay,
                 segment_table=self.plan.segment_table,
                 heads=self.heads,
@@ -324,22 +315,12 @@ class Layer:
                 update_h=adjoints.update_h,
                 update_g=adjoints.update_g,
                 numbers=chunks.numbers,
-                initial_h=None if start is None else start[0],
-                initial_g=None if start is None else start[1],
-                final_h=None if end is None else end[0],
-                final_g=None if end is None else end[1],
-                dh_high=dh.high,
-                dh_low=dh.low,
-                dh_scale=dh.scale,
-                dg_high=dg.high,
-                dg_low=dg.low,
-                dg_scale=dg.scale,
-                h_high=h.high,
-                h_low=h.low,
-                h_scale=h.scale,
-                g_high=g.high,
-                g_low=g.low,
-                g_scale=g.scale,
+                **named("initial_h", "initial_g", values=start),
+                **named("final_h", "final_g", values=end),
+                **named("dh_high", "dh_low", "dh_scale", values=dh),
+                **named("dg_high", "dg_low", "dg_scale", values=dg),
+                **named("h_high", "h_low", "h_scale", values=h),
+                **named("g_high", "g_low", "g_scale", values=g),
                 crossing=crossing,
                 segment_decay=decay,
                 segment_table=self.plan.segment_table,
@@ -390,12 +371,8 @@ class Layer:
             "lam": lam,
             **chunks.some("keys", "values", "decay_whole", "decay_fraction"),
             **chunks.some("key_weight", "value_weight", "value_unit"),
-            "h_high": h.high,
-            "h_low": h.low,
-            "h_scale": h.scale,
-            "g_high": g.high,
-            "g_low": g.low,
-            "g_scale": g.scale,
+            **named("h_high", "h_low", "h_scale", values=h),
+            **named("g_high", "g_low", "g_scale", values=g),
             "o": o,
             **named("x", "x_rest", "x_unit", values=x),
             **named("solution", "solution_rest", "solution_unit", values=solution),
@@ -408,7 +385,6 @@ class Layer:
             "BACKWARD": backward,
             "STORE_SOLUTION": keep,
             "STATS": stats,
-            "NORMALIZE": self.normalize,
             **self.chunk_arguments,
         }
         blocks = self.plan.chunks * self.heads
@@ -421,6 +397,7 @@ class Layer:
                 **chunks.some("keys_rest", "values_rest"),
                 **self.sizes,
                 scratch=scratch,
+                NORMALIZE=self.normalize,
                 SOLVE=max_steps > 0,
                 RESIDENT=resident,
                 TERMS=self.terms,
@@ -478,12 +455,8 @@ class Layer:
             **shared,
             q=q,
             value_weight=chunks.value_weight,
-            dh_high=dh.high,
-            dh_low=dh.low,
-            dh_scale=dh.scale,
-            dg_high=dg.high,
-            dg_low=dg.low,
-            dg_scale=dg.scale,
+            **named("dh_high", "dh_low", "dh_scale", values=dh),
+            **named("dg_high", "dg_low", "dg_scale", values=dg),
             grad_q=grad_q,
             grad_v=grad_v,
             grad_lam=grad_lam,
@@ -502,7 +475,6 @@ class Layer:
             grad_log_gamma=grad_log_gamma,
             grad_beta=grad_beta,
             CROSSINGS=crossing.shape[-1],
-            CHUNK_NUMBERS=CHUNK_NUMBERS.value,
             # Without Hopper's products, whose operands lie in shared memory, four warps would run out of registers.
             num_warps=4 if is_hopper(self.k.device) else 8,
             num_stages=1,

@@ -5,35 +5,23 @@ Dimensions and formats as in `mesa_triton_helpers` and `mesa_triton_states`; s i
 one that reads it. Everything is laid out by s, so that a gradient is a row. Importing this needs triton.
 """
 
-from .mesa_triton_helpers import load_rows, locate_chunk, normalizer, scale_rows, split_half
-from .mesa_triton_solver import dot_pairs
+from .mesa_triton_helpers import (
+    decay_to_end,
+    dot_pairs,
+    load_pair,
+    load_rows,
+    locate_chunk,
+    normalizer,
+    scale_rows,
+    split_half,
+)
+from .mesa_triton_states import CHUNK_NUMBERS, DECAY
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
     raise
-
-
-@triton.jit
-def load_pair(top, rest, offset, TERMS: tl.constexpr):
-    high = tl.load(top + offset)
-    if TERMS == 2:
-        low = tl.load(rest + offset)
-    else:
-        low = high
-    return high, low
-
-
-@triton.jit
-def load_pair_again(top, rest, offset, TERMS: tl.constexpr):
-    """As `load_pair`, by a load that the compiler cannot merge with an earlier one to keep its result in registers."""
-    high = tl.load(top + offset, cache_modifier=".cg")
-    if TERMS == 2:
-        low = tl.load(rest + offset, cache_modifier=".cg")
-    else:
-        low = high
-    return high, low
 
 
 @triton.jit
@@ -67,9 +55,7 @@ def tail(rest, TERMS: tl.constexpr):
 def decay_factors(decay_whole, decay_fraction, vectors, token, C: tl.constexpr):
     """`zeta_ts` `[C, C]` by rows s and columns t, and `zeta_end,s` `[C]`."""
     whole, fraction = tl.load(decay_whole + vectors), tl.load(decay_fraction + vectors)
-    last = token == C - 1
-    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
-    to_end = tl.exp2((whole_end - whole) + (fraction_end - fraction))
+    to_end, _ = decay_to_end(whole, fraction, C)
     exponent = (whole[None, :] - whole[:, None]) + (fraction[None, :] - fraction[:, None])
     causal = token[None, :] >= token[:, None]
     return tl.where(causal, tl.exp2(tl.where(causal, exponent, 0.0)), 0.0), to_end
@@ -154,7 +140,7 @@ def carried_gradients(
         top, rest = load_pair(dh_high, dh_low, index * KP * KP + channel[:, None] * KP + other[None, :], 2)
         from_keys = dot_pairs(k, k_rest, tl.trans(top), tl.trans(rest), from_keys, TERMS, 2)
     from_keys *= (to_end * rho * tl.load(dh_scale + index * (KP // BK)))[:, None]
-    k, k_rest = load_pair_again(keys, keys_rest, offset, TERMS)
+    k, k_rest = load_pair(keys, keys_rest, offset, TERMS, True)
     scaled = k.to(tl.float32) + tail(k_rest, TERMS)
     products = tl.sum(scaled * (from_values + 0.5 * from_keys), 1) * rho
     tl.store(carried + (index * (KP // BK) + part) * C + token, products)
@@ -199,7 +185,6 @@ def key_gradients_kernel(
     NORMALIZE: tl.constexpr,
     TERMS: tl.constexpr,
     CROSSINGS: tl.constexpr,
-    CHUNK_NUMBERS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -259,17 +244,17 @@ def key_gradients_kernel(
     log_gamma = tl.sum(tl.where(token[:, None] < token[None, :], sums, 0.0), 0)
     after *= strength
     crossed = tl.sum(tl.load(crossing + index * CROSSINGS + tl.arange(0, CROSSINGS)), 0)
-    log_gamma += crossed * tl.load(numbers + index * CHUNK_NUMBERS) + tl.cumsum(after, 0) - after
+    log_gamma += crossed * tl.load(numbers + index * CHUNK_NUMBERS + DECAY) + tl.cumsum(after, 0) - after
     log_gamma += tl.cumsum(tl.load(from_earlier + vectors), 0, reverse=True)
     tl.store(grad_log_gamma + row, log_gamma, mask=inside)
 
     gradient = tl.load(later + offset)
     if SOLVED:
-        solved, solved_rest = load_pair_again(y, y_rest, offset, 2)
+        solved, solved_rest = load_pair(y, y_rest, offset, 2, True)
         gradient = weighted_sum(from_x * zeta * -units_y[None, :], solved, solved_rest, gradient, 2)
-    tops, rests = load_pair_again(x, x_rest, offset, 2)
+    tops, rests = load_pair(x, x_rest, offset, 2, True)
     gradient = weighted_sum(coefficient * units[None, :], tops, rests, gradient, 2)
-    k, k_rest = load_pair_again(keys, keys_rest, offset, TERMS)
+    k, k_rest = load_pair(keys, keys_rest, offset, TERMS, True)
     scaled = k.to(tl.float32) + tail(k_rest, TERMS)
     gradient = through_norm(gradient * strength[:, None], scaled, rho, tl.load(key_unit + vectors), NORMALIZE)
     where = inside[:, None] & (channel[None, :] < K)

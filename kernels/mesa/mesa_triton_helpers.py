@@ -72,11 +72,11 @@ def scale_rows(x):
 def normalizer(scaled, scale, epsilon, NORMALIZE: tl.constexpr):
     """The factor `[C]` that makes rows of `scaled` `[C, D]` what the operator computes with.
 
-    That is `rsqrt(||scaled||^2 + epsilon / scale^2)`, which L2-normalises `scale * scaled`, or else `scale` itself.
+    That is `rsqrt(||scaled||^2 + epsilon / scale^2)`, which L2-normalises `scale * scaled`, or else `scale` itself
+    (which `scale_rows` made, so that it is not 0).
     """
     if NORMALIZE:
-        small = tl.maximum(scale, SMALLEST_SCALE)
-        return tl.rsqrt(tl.sum(scaled * scaled, 1) + epsilon / small / small)
+        return tl.rsqrt(tl.sum(scaled * scaled, 1) + epsilon / scale / scale)
     else:
         return scale
 
@@ -93,3 +93,41 @@ def decay_exponents(log_gamma):
     log2 = tl.where(log2 < RESET, RESET, log2)  # unlike a maximum, keeps NaN
     whole = tl.floor(log2 + 0.5)
     return tl.cumsum(whole, 0), tl.cumsum(log2 - whole, 0)
+
+
+@triton.jit
+def decay_to_end(whole, fraction, C: tl.constexpr):
+    """`zeta_end,s` `[C]`, and the exponent of the decay across the chunk, from `decay_exponents`."""
+    last = tl.arange(0, C) == C - 1
+    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
+    return tl.exp2((whole_end - whole) + (fraction_end - fraction)), whole_end + fraction_end
+
+
+@triton.jit
+def load_pair(top, rest, offset, TERMS: tl.constexpr, AGAIN: tl.constexpr = False):
+    """One float16 tile, or with two TERMS a pair of them; with one, the second is the first and not used.
+
+    AGAIN loads what was loaded before in a way that the compiler cannot merge with it to keep the tile in registers.
+    """
+    if AGAIN:
+        high = tl.load(top + offset, cache_modifier=".cg")
+    else:
+        high = tl.load(top + offset)
+    low = high
+    if TERMS == 2:
+        if AGAIN:
+            low = tl.load(rest + offset, cache_modifier=".cg")
+        else:
+            low = tl.load(rest + offset)
+    return high, low
+
+
+@triton.jit
+def dot_pairs(left, left_rest, right, right_rest, product, LEFT_TERMS: tl.constexpr, RIGHT_TERMS: tl.constexpr):
+    """`product + left right`, each of one or two float16 terms; the product of the two rests is below rounding."""
+    product = tl.dot(left, right, product)
+    if RIGHT_TERMS == 2:
+        product = tl.dot(left, right_rest, product)
+    if LEFT_TERMS == 2:
+        product = tl.dot(left_rest, right, product)
+    return product

@@ -8,7 +8,16 @@ chunk's keys) enter as float16 pairs with 22 significant bits, accumulated in fl
 Importing this needs triton; dimensions and formats as in `mesa_triton_helpers` and `mesa_triton_states`.
 """
 
-from .mesa_triton_helpers import load_rows, locate_chunk, normalizer, power_of_two, scale_rows, split_half
+from .mesa_triton_helpers import (
+    dot_pairs,
+    load_pair,
+    load_rows,
+    locate_chunk,
+    normalizer,
+    power_of_two,
+    scale_rows,
+    split_half,
+)
 
 try:
     import triton
@@ -18,27 +27,6 @@ except ImportError:
 
 # Directions are held at norms of at most twice this, which keeps their entries clear of subnormal float16 numbers.
 DIRECTION_SCALE = tl.constexpr(256.0)
-
-
-@triton.jit
-def dot_pairs(left, left_rest, right, right_rest, product, LEFT_TERMS: tl.constexpr, RIGHT_TERMS: tl.constexpr):
-    """`product + left right`, each of one or two float16 terms; the product of the two rests is below rounding."""
-    product = tl.dot(left, right, product)
-    if RIGHT_TERMS == 2:
-        product = tl.dot(left, right_rest, product)
-    if LEFT_TERMS == 2:
-        product = tl.dot(left_rest, right, product)
-    return product
-
-
-@triton.jit
-def load_values(values, values_rest, row, column, TERMS: tl.constexpr, VP: tl.constexpr):
-    offset = row[:, None] * VP + column[None, :]
-    v = tl.load(values + offset)
-    if TERMS == 2:
-        return v, tl.load(values_rest + offset)
-    else:
-        return v, v
 
 
 @triton.jit
@@ -57,16 +45,9 @@ def state_product(
     else:
         for start in range(0, KP, BS):
             part = start + tl.arange(0, BS)
-            offset = row[:, None] * KP + part[None, :]
-            values = tl.load(source + offset)
-            if TERMS == 2:
-                rest = tl.load(source_rest + offset)
-            else:
-                rest = values
-            offset = part[:, None] * KP + channel[None, :]
-            product = dot_pairs(
-                values, rest, tl.load(state_high + offset), tl.load(state_low + offset), product, TERMS, 2
-            )
+            values, rest = load_pair(source, source_rest, row[:, None] * KP + part[None, :], TERMS)
+            top, low_part = load_pair(state_high, state_low, part[:, None] * KP + channel[None, :], 2)
+            product = dot_pairs(values, rest, top, low_part, product, TERMS, 2)
     return product
 
 
@@ -159,11 +140,7 @@ def solve_chunks_kernel(
     value_decay = zeta * (tl.load(value_weight + block * C + s) * tl.load(value_unit + block * C + s))[None, :]
 
     key_offset = (block * C + s)[:, None] * KP + channel[None, :]
-    k = tl.load(keys + key_offset)
-    if TERMS == 2:
-        k_rest = tl.load(keys_rest + key_offset)
-    else:
-        k_rest = k
+    k, k_rest = load_pair(keys, keys_rest, key_offset, TERMS)
     state_scale = tl.load(h_scale + block * (KP // BK) + channel // BK)[None, :] * from_start[:, None]
     regularizer = tl.load(lam + head * K + channel, mask=channel < K, other=1.0)[None, :]
     if RESIDENT:
@@ -188,10 +165,11 @@ def solve_chunks_kernel(
             tl.store(grad_rows + grad_offset, e)
             if TERMS == 2:
                 tl.store(grad_rows_rest + grad_offset, e_rest)
-            v, v_rest = load_values(values, values_rest, block * C + s, column, TERMS, VP)
+            value_offset = (block * C + s)[:, None] * VP + column[None, :]
+            v, v_rest = load_pair(values, values_rest, value_offset, TERMS)
             inner = dot_pairs(e, e_rest, tl.trans(v), tl.trans(v_rest), inner, TERMS, TERMS)
             g_offset = channel[:, None] * VP + column[None, :]
-            g, g_rest = tl.load(g_high + g_offset), tl.load(g_low + g_offset)
+            g, g_rest = load_pair(g_high, g_low, g_offset, 2)
             zeros = tl.zeros([R, KP], dtype=tl.float32)
             scale = tl.load(g_scale + block * (VP // BV) + start // BV)
             earlier += dot_pairs(e, e_rest, tl.trans(g), tl.trans(g_rest), zeros, TERMS, 2) * scale
@@ -302,9 +280,10 @@ def solve_chunks_kernel(
         inner, inner_rest = split_half(inner)
         for start in range(0, VP, BV):
             column = start + tl.arange(0, BV)
-            v, v_rest = load_values(values, values_rest, block * C + s, column, TERMS, VP)
+            value_offset = (block * C + s)[:, None] * VP + column[None, :]
+            v, v_rest = load_pair(values, values_rest, value_offset, TERMS)
             g_offset = channel[:, None] * VP + column[None, :]
-            g, g_rest = tl.load(g_high + g_offset), tl.load(g_low + g_offset)
+            g, g_rest = load_pair(g_high, g_low, g_offset, 2)
             zeros = tl.zeros([R, BV], dtype=tl.float32)
             earlier = dot_pairs(top, rest, g, g_rest, zeros, 2, 2)
             earlier *= (from_start * tl.load(g_scale + block * (VP // BV) + start // BV))[:, None]

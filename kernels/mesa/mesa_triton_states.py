@@ -13,6 +13,7 @@ bits in the bytes of one float32, ready for the tensor cores. Importing this nee
 
 from .mesa_triton_helpers import (
     decay_exponents,
+    decay_to_end,
     load_rows,
     locate_chunk,
     normalizer,
@@ -42,18 +43,17 @@ SINGLE_PASS, FIRST_PASS, SECOND_PASS = tl.constexpr(0), tl.constexpr(1), tl.cons
 
 @triton.jit
 def locate_segment(segment, chunks_per_row, chunks_per_segment, table, PACKED: tl.constexpr):
-    """First chunk, number of chunks and sequence of a segment; packed sequences have a table `[segments, 3]`."""
+    """First chunk and number of chunks of a segment; packed sequences have a table `[segments, 2]`."""
     if PACKED:
-        first = tl.load(table + 3 * segment).to(tl.int32)
-        count = tl.load(table + 3 * segment + 1).to(tl.int32)
-        sequence = tl.load(table + 3 * segment + 2).to(tl.int32)
+        first = tl.load(table + 2 * segment).to(tl.int32)
+        count = tl.load(table + 2 * segment + 1).to(tl.int32)
     else:
         per_row = tl.cdiv(chunks_per_row, chunks_per_segment)
         sequence = segment // per_row
         start = (segment - sequence * per_row) * chunks_per_segment
         first = sequence * chunks_per_row + start
         count = tl.minimum(chunks_per_segment, chunks_per_row - start)
-    return first, count, sequence
+    return first, count
 
 
 @triton.jit
@@ -156,11 +156,10 @@ def prepare_chunks_kernel(
     tl.store(decay_fraction + vectors, fraction)
     tl.store(key_weight + vectors, strength * rho * rho)
     tl.store(value_weight + vectors, strength * rho)
-    last = token == C - 1
-    whole_end, fraction_end = tl.sum(tl.where(last, whole, 0.0), 0), tl.sum(tl.where(last, fraction, 0.0), 0)
-    to_end = strength * rho * tl.exp2((whole_end - whole) + (fraction_end - fraction))
+    to_end, across = decay_to_end(whole, fraction, C)
+    to_end *= strength * rho
     numbers += block * CHUNK_NUMBERS
-    tl.store(numbers + DECAY, tl.exp2(whole_end + fraction_end))
+    tl.store(numbers + DECAY, tl.exp2(across))
     # Rows of keys and values have entries of up to 2.
     update = to_end * rho
     unit_h = chunk_unit(update)
@@ -316,7 +315,7 @@ def carry_states_kernel(
     """Program (segment * heads + head, block): the blocks of H's columns come first, then those of G's."""
     segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.program_id(1)
-    first, count, _ = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    first, count = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
     if block < KP // BK:
         carry_columns(
             block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, h_high, h_low, h_scale,
@@ -454,7 +453,7 @@ def carry_adjoints_kernel(
     """
     segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.program_id(1)
-    first, count, _ = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    first, count = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
     if block < KP // BK:
         carry_adjoint_columns(
             block, y, y_rest, x, x_rest, update_h, numbers, initial_h, final_h, dh_high, dh_low, dh_scale,
