@@ -257,3 +257,35 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     assert "does not compile" not in run.stdout, run.stderr[-2000:]
     for kernel in ("solve_chunks, backward", "solve_chunks_hopper, backward", "key_gradients", "decode"):
         assert f"| {kernel} | 64 |" in run.stdout
+    assembly = [path.read_text() for path in tmp_path.rglob("*.ptx")]
+    assert any("shfl.sync.bfly" in text for text in assembly)
+    assert [name for text in assembly for name in unequal_sums(text)] == []
+
+
+def unequal_sums(assembly: str) -> list[str]:
+    """Registers with a sum over threads that differs from thread to thread.
+
+    That is where a thread's own product is fused into the addition of another's, or may still be: the one is not
+    rounded, the other is. A loop that ends by such a sum may end in some threads only, and the kernel then never does.
+    """
+    products, received, unequal = set(), set(), []
+    for line in assembly.splitlines():
+        operation, *operands = line.replace(",", " ").split() or [""]
+        if operation.startswith("mul") and operation.endswith("f32"):
+            products.add(operands[0])
+        elif operation.startswith("shfl.sync.bfly"):
+            received.add(operands[0])
+        elif operation.startswith("fma.rn") and operands[3].rstrip(";") in received:
+            unequal.append(operands[0])
+        elif operation.startswith("add") and operation.endswith("f32"):
+            first, second = (operand.rstrip(";") for operand in operands[1:3])
+            if (first in received and second in products) or (second in received and first in products):
+                unequal.append(operands[0])
+    return unequal
+
+
+def test_unequal_sums_are_found():
+    shuffle = "mul.f32 %r1, %r0, %r0;\n\tshfl.sync.bfly.b32 \t%r2, %r1, 8, 31, -1;\n"
+    assert unequal_sums(shuffle + "fma.rn.f32 %r3, %r0, %r0, %r2;") == ["%r3"]
+    assert unequal_sums(shuffle + "add.f32 \t%r3, %r1, %r2;") == ["%r3"]
+    assert unequal_sums(shuffle.replace("mul", "add") + "add.f32 %r3, %r1, %r2;") == []

@@ -37,6 +37,17 @@ LINEAR_SOFTPLUS = tl.constexpr(20.0)
 
 
 @triton.jit
+def inner(x, y, axis: tl.constexpr = 0):
+    """Inner products along an axis, the same to the last bit in every thread that gets one.
+
+    Where a thread adds its own product to another thread's, the compiler would fuse its own multiplication into the
+    addition: it would round the other's product but not its own, and so would the other. Threads that then differ on
+    whether the solve has ended wait for each other forever. The result of a fused operation is not fused again.
+    """
+    return tl.sum(tl.fma(x, y, tl.zeros_like(x)), axis)
+
+
+@triton.jit
 def scaled(x, NORMALIZE: tl.constexpr):
     """A vector `[D]` as `length * y`: returns y, which cannot overflow when squared, `||y||^2` and `length`.
 
@@ -46,7 +57,7 @@ def scaled(x, NORMALIZE: tl.constexpr):
     exponent = tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000
     scale = tl.minimum(tl.maximum(exponent.to(tl.float32, bitcast=True), SMALLEST_POWER), LARGEST_POWER)
     y = x * (1.0 / scale)
-    square = tl.sum(y * y, 0)
+    square = inner(y, y)
     length = scale
     if NORMALIZE:
         # Which of the two squares is in range depends on the scale.
@@ -122,7 +133,7 @@ def convolve(old, new, weights, state, pad, D: tl.constexpr, DP: tl.constexpr, W
     window = tl.where(tap == tl.where(pad == 1, 0, W - 1), new[:, None], old.to(new.dtype)).to(tl.float32)
     inside = (row < D) & (tap >= 1) & (tap < W)
     tl.store(state + row * (W - 1) + (tap - 1), window.to(state.dtype.element_ty), mask=inside)
-    y = tl.sum(window * weights.to(tl.float32), 1)
+    y = inner(window, weights.to(tl.float32), 1)
     # Rounded as in prefill, so that both compute with the same keys.
     y = (y * tl.sigmoid(y)).to(new.dtype).to(tl.float32)
     # Only a gather keeps the layout of the window from spreading to the vectors of the solve, and so to H.
@@ -293,7 +304,7 @@ def decode_kernel(
     # are, one copy a warp: the inner products then need no barrier.
     p = r
     solution = tl.zeros_like(r)
-    rr = tl.sum(r * r, 0)
+    rr = inner(r, r)
     active = rr > threshold
     count = 0
     while (count < max_steps) & active:
@@ -306,12 +317,12 @@ def decode_kernel(
                 product += tl.load(h + offset, mask=inside, other=0.0) * along_rows(p, block * H_ROWS, H_ROWS, KP)
         a = sum_rows(product, H_ROWS, KP)
         a += diagonal * p
-        curvature = tl.sum(p * a, 0)
+        curvature = inner(p, a)
         active = curvature > 0
         alpha = tl.where(active, rr / curvature, 0.0)
         solution += alpha * p
         r -= alpha * a
-        rr_next = tl.sum(r * r, 0)
+        rr_next = inner(r, r)
         p = r + (rr_next / rr) * p
         rr = rr_next
         count += active.to(tl.int32)
@@ -335,7 +346,7 @@ def decode_kernel(
         output += sum_rows(values * along_rows(x, first, G_ROWS, KP), G_ROWS, VP)
 
     if LAYER:
-        output *= tl.rsqrt(tl.sum(output * output, 0) / V + norm_epsilon) * factor
+        output *= tl.rsqrt(inner(output, output) / V + norm_epsilon) * factor
     tl.store(o + program * V + column, output.to(o.dtype.element_ty), mask=in_value)
 
 
