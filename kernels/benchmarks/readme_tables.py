@@ -57,11 +57,16 @@ def find(results: dict, section: str, **wanted) -> dict:
     return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})
 
 
+def significant(value: float) -> str:
+    """Three digits, or all in front of the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def goal_row(name: str, unit: str, goal: float, peer: float | None, ours: float | None, failed: str | None) -> str:
     """One line of the goal table; a goal that is not reached is called missed."""
 
     def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3g} {unit}"
+        return "-" if value is None else f"{significant(value)} {unit}"
 
     # Written so that NaN misses.
     missed = ", missed" if ours is not None and not ours <= goal else ""
@@ -105,7 +110,7 @@ def gpu_operators(results: dict) -> str:
         times = [row.get("graph", {}).get("us") for row in (peer, ours)]
         lines.append(goal_row(f"decode step, batch {batch}", "us", goal, *times, failed))
         times = [row.get("eager", {}).get("us") for row in (peer, ours)]
-        eager.append(" and ".join("-" if us is None else f"{us:.3g}" for us in times))
+        eager.append(" and ".join("-" if us is None else significant(us) for us in times))
     peer, ours = (find(results, "cold", operator=operator) for operator in ("peer", "mesa"))
     failed = "wrong or broken" if "failed" in ours else None
     seconds = [row.get("first_call_s") for row in (peer, ours)]
@@ -116,7 +121,7 @@ def gpu_operators(results: dict) -> str:
 
     versions = results["versions"]
     around = [
-        f"{name} {row['ms']:.3g}"
+        f"{name} {significant(row['ms'])}"
         for operator, name in NEIGHBOURS.items()
         if "ms" in (row := find(results, "neighbours", operator=operator, backward=False, **FORWARD))
     ]
