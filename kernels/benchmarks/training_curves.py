@@ -89,7 +89,9 @@ class Plan:
     steps: int = 200  # on text
     repeated_steps: int = 100  # on text with repeated tokens
     runs: tuple[int, int] = (64, 1024)  # lengths of the shortest and the longest run of one token
-    learning_rate: float = 1e-3  # the peak, after a tenth of the steps; a tenth of it at the end
+    # The peak, after a tenth of the steps; a tenth of it at the end. At 1e-3 the loss spikes, at steps that rounding
+    # to bfloat16 decides: two runs in torch that differ in nothing but the order of sums come apart there.
+    learning_rate: float = 3e-4
     gradient_clip: float = 1.0
     cg_max_steps_training: int = 30
     cg_tolerance_training: float = 1e-4
@@ -391,7 +393,7 @@ def main(
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds corpus/ (default: MESANET_DATA).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of each path on text (200).")] = None,
     repeated_steps: Annotated[int | None, typer.Option(min=1, help="Of each run on repeated tokens (100).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak (1e-3).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak (3e-4).")] = None,
     control: Annotated[
         bool, typer.Option(help="Also train by torch with other chunks: what rounding alone changes.")
     ] = False,

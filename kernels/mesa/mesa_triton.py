@@ -12,6 +12,8 @@ and V rounded up to a power of two of at least 64.
 
 import functools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,14 @@ from .mesa_triton_states import (
     join_segments_kernel,
     prepare_chunks_kernel,
 )
+
+try:  # in a try block, so that an export of the model does not list triton as required
+    import triton
+except ImportError:
+    raise
+
+# Whether launches only compile their kernels: inside `compile_ahead`.
+ONLY_COMPILE = ContextVar("ONLY_COMPILE", default=False)
 
 # Long sequences are cut into segments whose states are summed up side by side, so that about so many programs run:
 # four for each multiprocessor of the largest GPUs. A segment has at least MIN_SEGMENT_CHUNKS chunks.
@@ -161,6 +171,14 @@ def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, torch
     return piece_bounds, torch.stack([bounds[span] + start, count], 1)
 
 
+def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """Launch a kernel, or inside `compile_ahead` only compile it."""
+    if ONLY_COMPILE.get():
+        kernel.warmup(grid=grid, **arguments)
+    else:
+        kernel[grid](**arguments)
+
+
 class Layer:
     """One call's inputs and sizes, and the launches that share them."""
 
@@ -201,17 +219,19 @@ class Layer:
             self.empty(count, self.heads, self.key_dim, self.value_dim),
         )
 
-    def carry(self, launch, initial, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run `launch(pass number, start, end, segment decay)` over all segments; returns the final states."""
+    def carry(self, run_pass, initial, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call `run_pass(pass number, start, end, segment decay)` over all segments; returns the final states."""
         plan, final = self.plan, self.boundary_states(self.plan.sequences)
         if not plan.segmented:
-            launch(SINGLE_PASS.value, initial, final, None)
+            run_pass(SINGLE_PASS.value, initial, final, None)
             return final
         parts, decay = self.boundary_states(plan.segments), self.empty(plan.segments, self.heads)
-        launch(FIRST_PASS.value, None, parts, decay)
+        run_pass(FIRST_PASS.value, None, parts, decay)
         for part, start, end in zip(parts, initial or (None, None), final, strict=True):
             size = part.shape[-1] * part.shape[-2]
-            join_segments_kernel[(plan.sequences * self.heads, -(-size // 1024))](
+            launch(
+                join_segments_kernel,
+                (plan.sequences * self.heads, -(-size // 1024)),
                 parts=part,
                 segment_decay=decay,
                 initial=start,
@@ -225,7 +245,7 @@ class Layer:
                 PACKED=plan.packed,
                 REVERSE=reverse,
             )
-        launch(SECOND_PASS.value, parts, None, None)
+        run_pass(SECOND_PASS.value, parts, None, None)
         return final
 
     @property
@@ -252,7 +272,9 @@ class Layer:
         vectors = [self.empty(*shape) for _ in range(9)]
         chunks = Chunks(*pairs[0], *pairs[1], *vectors, self.empty(*shape[:2], CHUNK_NUMBERS.value))
         sizes = {name: self.sizes[name] for name in ("C", "K", "V", "KP", "VP")}
-        prepare_chunks_kernel[(self.plan.chunks * self.heads,)](
+        launch(
+            prepare_chunks_kernel,
+            (self.plan.chunks * self.heads,),
             k=self.k,
             v=self.v,
             log_gamma=self.log_gamma,
@@ -271,8 +293,10 @@ class Layer:
         """The states before every chunk, and the final states."""
         h, g = self.new_pairs()
 
-        def launch(number, start, end, decay):
-            carry_states_kernel[self.carry_grid](
+        def run_pass(number, start, end, decay):
+            launch(
+                carry_states_kernel,
+                self.carry_grid,
                 **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
                 **named("initial_h", "initial_g", values=start),
                 **named("final_h", "final_g", values=end),
@@ -292,7 +316,7 @@ class Layer:
                 **self.sizes,
             )
 
-        return h, g, self.carry(launch, initial, reverse=False)
+        return h, g, self.carry(run_pass, initial, reverse=False)
 
     def adjoints(self, x: Rows, y: Rows, adjoints: Adjoints, h, g, chunks, initial):
         """The adjoint states after every chunk, their products with the states, and the initial states' gradients."""
@@ -304,8 +328,10 @@ class Layer:
         if crossings > blocks * self.key_padded:
             crossing.zero_()
 
-        def launch(number, start, end, decay):
-            carry_adjoints_kernel[self.carry_grid](
+        def run_pass(number, start, end, decay):
+            launch(
+                carry_adjoints_kernel,
+                self.carry_grid,
                 x=x.top,
                 x_rest=x.rest,
                 y=y.top,
@@ -339,7 +365,7 @@ class Layer:
                 **self.sizes,
             )
 
-        return dh, dg, crossing, self.carry(launch, initial, reverse=True)
+        return dh, dg, crossing, self.carry(run_pass, initial, reverse=True)
 
     def solve(
         self, b, lam, h, g, chunks, max_steps, tolerance, *, x: Rows | None = None, o=None, keep=True, stats=False
@@ -392,7 +418,9 @@ class Layer:
             rows, resident, rows_of_slice = solve_blocks(shared_memory_of(self.k.device), self.key_padded, self.terms)
             # Directions pass through memory where H does not stay on chip.
             scratch = h.high if resident else self.empty(*shape, self.key_padded, dtype=torch.float16)
-            solve_chunks_kernel[(blocks, self.chunk_size // rows)](
+            launch(
+                solve_chunks_kernel,
+                (blocks, self.chunk_size // rows),
                 **arguments,
                 **chunks.some("keys_rest", "values_rest"),
                 **self.sizes,
@@ -415,8 +443,14 @@ class Layer:
             return False
         sizes = {name: self.sizes[name] for name in ("K", "V", "BK", "BV")}
         try:
-            kernel[(blocks,)](
-                **arguments, **sizes, values_rest=chunks.values_rest, VALUE_TERMS=self.terms, num_warps=4
+            launch(
+                kernel,
+                (blocks,),
+                **arguments,
+                **sizes,
+                values_rest=chunks.values_rest,
+                VALUE_TERMS=self.terms,
+                num_warps=4,
             )
         # Gluon is younger than the rest of triton, and still moves; the plain kernel does the same.
         except Exception as error:
@@ -451,7 +485,9 @@ class Layer:
             **self.chunk_arguments,
             **self.sizes,
         }
-        value_gradients_kernel[(self.plan.chunks * self.heads, parts + 1)](
+        launch(
+            value_gradients_kernel,
+            (self.plan.chunks * self.heads, parts + 1),
             **shared,
             q=q,
             value_weight=chunks.value_weight,
@@ -464,7 +500,9 @@ class Layer:
             num_warps=4,
             num_stages=2,
         )
-        key_gradients_kernel[(self.plan.chunks * self.heads,)](
+        launch(
+            key_gradients_kernel,
+            (self.plan.chunks * self.heads,),
             **shared,
             beta=self.beta,
             key_unit=chunks.key_unit,
@@ -488,6 +526,28 @@ class Layer:
         """
         terms = self.terms == 1 or (not backward and self.k.dtype != torch.float32)
         return terms and self.normalize and {self.key_dim, self.value_dim} <= {64, 128}
+
+
+def compile_ahead(q, k, v, log_gamma, beta, lam, differentiable: bool) -> None:
+    """Compile the kernels for such inputs, all at once: at their launches they would be compiled one after the other.
+
+    Args:
+        q, k, v, log_gamma, beta, lam: as `triton_chunkwise` takes them.
+        differentiable: those of the backward pass, too.
+    """
+    inputs = q, k, v, log_gamma, beta, lam
+    # A kernel that does not compile says so again when it is launched.
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        only_compile = ONLY_COMPILE.set(True)
+        try:
+            steps = 1, None
+            *_, x, x_rest, x_unit = triton_chunkwise(
+                *inputs, None, None, None, *steps, *steps, True, differentiable, False
+            )
+            if differentiable:
+                triton_chunkwise_backward(v, None, None, x, x_rest, x_unit, *inputs, None, None, None, *steps, True)
+        finally:
+            ONLY_COMPILE.reset(only_compile)
 
 
 @functools.cache

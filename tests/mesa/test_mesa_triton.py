@@ -76,6 +76,56 @@ class TestInterpreted:
         check(results[name], CASES[name].dtype)
 
 
+# The kernels that a GPU of compute capability 9.0 would compile, found without one.
+COMPILE_AHEAD = """
+import json
+from collections import Counter
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from modeling_mesanet.mesa import mesa_hopper_solver, mesa_triton
+
+active = mock.Mock()
+active.get_current_device.return_value = active.get_current_stream.return_value = 0
+active.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+driver.set_active(active)
+qkv, gates = torch.zeros(3, 1, 96, 1, 64, dtype=torch.bfloat16), torch.zeros(2, 1, 96, 1)
+hopper = {
+    "hopper_kernel": lambda device: mesa_hopper_solver.solve_chunks_hopper_kernel,
+    "is_hopper": lambda device: True,
+    "shared_memory_of": lambda device: 232448,
+}
+compiled = []
+for differentiable in (False, True, True):
+    with mock.patch.multiple(mesa_triton, **hopper):
+        mesa_triton.compile_ahead(*qkv, *gates, torch.ones(1, 64), differentiable)
+    kernels = {**vars(mesa_triton), **vars(mesa_hopper_solver)}.items()
+    caches = {name: kernel.device_caches[0][0] for name, kernel in kernels if hasattr(kernel, "device_caches")}
+    compiled.append({name: len(cache) for name, cache in caches.items() if cache})
+print(json.dumps(compiled))
+"""
+
+
+def test_kernels_compile_ahead(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed; nothing can be compiled")
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE_AHEAD],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    forward, both, again = json.loads(run.stdout)
+    assert forward == dict.fromkeys(("prepare_chunks_kernel", "carry_states_kernel", "solve_chunks_hopper_kernel"), 1)
+    gradients = ("carry_adjoints_kernel", "value_gradients_kernel", "key_gradients_kernel")
+    # The solve that keeps its solutions, and that of the backward pass, are kernels of their own.
+    assert both == forward | dict.fromkeys(gradients, 1) | {"solve_chunks_hopper_kernel": 3}
+    assert again == both
+
+
 class TestOnGPU:
     pytestmark = gpu
 
