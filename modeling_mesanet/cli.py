@@ -340,6 +340,24 @@ def _table(title: str) -> Table:
     return table
 
 
+@app.command()
+def export(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or Hub id.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; must not exist, or be empty.")],
+    check: Annotated[
+        bool, typer.Option(help="Load the folder without this package, and compare the outputs of random tokens.")
+    ] = True,
+) -> None:
+    """Write a checkpoint with its code: it loads with trust_remote_code=True where this package is not installed."""
+    from .conversion.export import export as write
+
+    with _exit_codes(context):
+        difference = write(source, destination, check=check)
+        checked = "not checked" if difference is None else f"relative difference of the outputs {difference:.1e}"
+        typer.echo(f"{destination}: complete, {checked}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mesanet")
