@@ -27,7 +27,6 @@ from novels import (
     UsageError,
     data_folder,
     encode_documents,
-    fingerprint,
     read_documents,
     read_rows,
     token_bytes,
@@ -37,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_mesanet  # noqa: F401  (registers MesaNet with the Auto classes)
-from modeling_mesanet.files import replacing, write_json
+from modeling_mesanet.files import fingerprint, replacing, write_json
 
 
 @torch.inference_mode()

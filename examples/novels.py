@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modeling_mesanet.files import replacing, replacing_folder, write_json
+from modeling_mesanet.files import fingerprint, replacing, replacing_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPECIAL_TOKEN = "<|endoftext|>"
@@ -90,12 +90,6 @@ def read_documents(path: Path) -> list[str]:
 
 def utf8_bytes(documents: Iterable[str]) -> int:
     return sum(len(text.encode("utf-8")) for text in documents)
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all: written under a temporary name beside their own, then renamed."""
+"""Files that are there whole or not at all (written under a temporary name beside their own, then renamed); hashes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -48,3 +49,9 @@ def write_json(path: Path, content) -> None:
     """Write JSON types, indented, as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
