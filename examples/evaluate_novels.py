@@ -27,18 +27,16 @@ from novels import (
     UsageError,
     data_folder,
     encode_documents,
-    fingerprint,
     read_documents,
     read_rows,
-    replacing,
     token_bytes,
     utf8_bytes,
-    write_json,
 )
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_mesanet  # noqa: F401  (registers MesaNet with the Auto classes)
+from modeling_mesanet.files import fingerprint, replacing, write_json
 
 
 @torch.inference_mode()

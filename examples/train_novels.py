@@ -39,17 +39,15 @@ from novels import (
     data_folder,
     pack,
     read_documents,
-    replacing,
-    replacing_folder,
     save_tokenizer,
     token_bytes,
     train_tokenizer,
-    write_json,
 )
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
+from modeling_mesanet.files import replacing, replacing_folder, write_json
 
 # What --preset fills in where an option is not given.
 PRESETS = {

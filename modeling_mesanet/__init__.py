@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/.
-_kernels = Path(__file__).parents[1] / "kernels"
-if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
-    __path__.append(str(_kernels))
+# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/, and
+# the other subpackages beside this folder.
+_root = Path(__file__).parents[1]
+if (_root / "kernels" / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
+    __path__ += [str(_root / "kernels"), str(_root)]
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
 from .loading import load_checkpoint  # noqa: E402
@@ -19,12 +20,14 @@ from .modeling_mesanet import (  # noqa: E402
     MesaNetModel,
     MesaNetPreTrainedModel,
 )
+from .self_contained import self_contained, write_code  # noqa: E402
 
 try:
     __version__ = version("modeling-mesanet")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
+MesaNetConfig.write_code = write_code
 AutoConfig.register("mesanet", MesaNetConfig, exist_ok=True)
 AutoModel.register(MesaNetConfig, MesaNetModel, exist_ok=True)
 AutoModelForCausalLM.register(MesaNetConfig, MesaNetForCausalLM, exist_ok=True)
@@ -51,4 +54,5 @@ __all__ = [
     "MesaNetPreTrainedModel",
     "bundled_checkpoint",
     "load_checkpoint",
+    "self_contained",
 ]

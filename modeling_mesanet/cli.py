@@ -340,6 +340,91 @@ def _table(title: str) -> Table:
     return table
 
 
+@app.command()
+def export(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or Hub id.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; must not exist, or be empty.")],
+    check: Annotated[
+        bool, typer.Option(help="Load the folder without this package, and compare the outputs of random tokens.")
+    ] = True,
+) -> None:
+    """Write a checkpoint with its code: it loads with trust_remote_code=True where this package is not installed."""
+    from .conversion.export import export as write
+
+    with _exit_codes(context):
+        difference = write(source, destination, check=check)
+        checked = "not checked" if difference is None else f"relative difference of the outputs {difference:.1e}"
+        typer.echo(f"{destination}: complete, {checked}")
+
+
+@app.command()
+def push(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint with tokenizer and card.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder and list what would go up.")] = False,
+) -> None:
+    """Upload a checkpoint to the Hub, after a look at everything that would go up."""
+    from huggingface_hub.utils import enable_progress_bars
+
+    from .conversion import push as hub
+
+    with _exit_codes(context):
+        hub.check_repo_id(repo_id)
+        files = hub.files_to_push(folder)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(overflow="fold")
+        for file in files:
+            table.add_row(f"{file.size:,}", file.path)
+        table.add_row(f"{sum(file.size for file in files):,}", f"bytes in {len(files)} files, to {repo_id}")
+        _console().print(table)
+        if dry_run:
+            typer.echo("nothing was sent (--dry-run)")
+            return
+        if sys.stderr.isatty():  # switched off for all commands
+            enable_progress_bars()
+        typer.echo(hub.push(folder, repo_id, private=private))
+
+
+@app.command()
+def card(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a checkpoint.")],
+    about: Annotated[str | None, typer.Option(help="YAML: title, license, summary, data, limits and more.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Licence, as the Hub names it.")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Where the examples load the model from, such as owner/name.")
+    ] = None,
+    training: Annotated[str | None, typer.Option(help="training_log.json, or trainer_state.json of Trainer.")] = None,
+    evaluation: Annotated[list[str] | None, typer.Option(help="Results of lm-eval; may be repeated.")] = None,
+    certificate: Annotated[str | None, typer.Option(help="What `mesanet check --json` wrote.")] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="Results of benchmarks; may be repeated.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that the folder has.")] = False,
+) -> None:
+    """Write the model card (README.md) of a checkpoint from the files of its training, evaluation and checks."""
+    from .conversion import card as cards
+
+    with _exit_codes(context):
+        file = find_checkpoint(folder, argument="FOLDER") / cards.CARD
+        if file.exists() and not overwrite:
+            raise UserError(f"FOLDER is '{folder}', which has a {cards.CARD}; give --overwrite to replace it.")
+        text = cards.card_of_folder(
+            folder,
+            about=about,
+            training=training,
+            evaluations=evaluation or (),
+            certificate=certificate,
+            benchmarks=benchmark or (),
+            repo_id=repo_id,
+            license=license_,
+        )
+        cards.write_card(text, file)
+        typer.echo(file)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mesanet")

@@ -556,6 +556,15 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
 class MesaNetForSequenceClassification(GenericForSequenceClassification, MesaNetPreTrainedModel):
     """The decoder with a classification head on the last token that is no pad."""
 
+    def __init__(self, config: MesaNetConfig):
+        # Not the generic class's own, which asks AutoModel for the decoder: that refuses code that came with a
+        # checkpoint, since it does not know that this has been trusted.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MesaNetModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
 
 def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int) -> None:
     """Refuse inputs that would spoil a state: wrong shape, no tokens, embeddings that are not finite.

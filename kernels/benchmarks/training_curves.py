@@ -61,10 +61,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint, modeling_mesanet
+from modeling_mesanet.files import replacing
 from modeling_mesanet.mesa import select_backend
 
 sys.path.append(str(ROOT / "examples"))
-from novels import TrainingBlocks, UsageError, data_folder, encode_documents, pack, read_documents, replacing
+from novels import TrainingBlocks, UsageError, data_folder, encode_documents, pack, read_documents
 
 SEED = 0
 # The largest relative difference between the losses of the two paths, at any step.

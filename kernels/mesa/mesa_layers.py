@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .mesa_dispatch import select_backend
 from .mesa_dispatch import use_triton as mesa_runs_in_triton
+from .mesa_library import OPERATORS
 
 # What the Triton operators take; everything else, such as float64, stays in torch.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
 def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call the Triton operator `name`; past the dispatcher, which takes a launch's time, where none must see it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return getattr(torch.ops.modeling_mesanet, name)(*arguments)
+        return getattr(OPERATORS, name)(*arguments)
     from .mesa_triton_layers import LAUNCHES
 
     return LAUNCHES[name](*arguments)
@@ -55,7 +56,7 @@ def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torc
 def decode_layer(*arguments) -> torch.Tensor:
     """`mesa_triton_decode.triton_decode_layer` without statistics: one token, up to the output projection."""
     if torch.compiler.is_compiling():
-        return torch.ops.modeling_mesanet.triton_decode_layer(*arguments)[0]
+        return OPERATORS.triton_decode_layer(*arguments)[0]
     from .mesa_triton_decode import triton_decode_layer
 
     return triton_decode_layer(*arguments, output_stats=False)[0]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small checkpoint with a tokenizer, and processes that cannot import the package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SENTENCE = "It was a dark night and the rain fell in torrents."
+
+# Before anything else in such a process.
+WITHOUT_PACKAGE = """
+import sys
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_mesanet":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent)
+"""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_model, tmp_path_factory) -> Path:
+    """A random model with every option, and a byte-pair tokenizer, saved in one folder."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pairs.train_from_iterator([SENTENCE], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=pairs).save_pretrained(folder)
+    options = {"conv_on_value": True, "use_output_gate": True, "cg_tolerance": 1e-4}
+    tiny_model(vocab_size=pairs.get_vocab_size(), **options).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def run_without_package(tmp_path_factory):
+    """Run a program in a process without the package; returns what it printed as JSON."""
+    home = tmp_path_factory.mktemp("home")
+
+    def run(program: str, *arguments, **environment) -> dict:
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        variables |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", WITHOUT_PACKAGE + program, *map(str, arguments)],
+            cwd=home,
+            env=variables | environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
