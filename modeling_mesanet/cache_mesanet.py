@@ -96,19 +96,21 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         for slot, state in enumerate(conv_states):
             if not self.is_conv_states_initialized[slot]:
                 self.lazy_initialization(conv_states=state.detach(), state_idx=slot)
-            self.conv_states[slot] = self._overwrite(self.conv_states[slot], state)
+            self._overwrite(self.conv_states, slot, state)
         for slot, state in enumerate(recurrent_states):
             if not self.is_recurrent_states_initialized[slot]:
                 self.lazy_initialization(recurrent_states=state.detach(), state_idx=slot)
-            self.recurrent_states[slot] = self._overwrite(self.recurrent_states[slot], state)
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+            self._overwrite(self.recurrent_states, slot, state)
         if self.seen_tokens is None:
             self.seen_tokens = torch.zeros((), dtype=torch.long, device=recurrent_states[RECURRENT_H].device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.seen_tokens)
-        self.seen_tokens = self._writable(self.seen_tokens)
+        if (writable := self._writable(self.seen_tokens)) is not self.seen_tokens:
+            self.seen_tokens = writable
         self.seen_tokens.add_(tokens)
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+            self.is_initialized = True
 
     def make_writable(self) -> None:
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
@@ -117,10 +119,14 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._map_states(self._writable)
         self.seen_tokens = self._writable(self.seen_tokens)
 
-    def _overwrite(self, stored: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def _overwrite(self, states: dict[int, torch.Tensor], slot: int, state: torch.Tensor) -> None:
+        stored = states[slot]
         if stored is state:
-            return stored
-        return self._writable(stored).copy_(state.detach())
+            return
+        # A compiled step repeats every assignment, also of what was there: nothing is assigned that has not changed.
+        if (writable := self._writable(stored)) is not stored:
+            states[slot] = writable
+        writable.copy_(state.detach())
 
     @staticmethod
     def _writable(stored: torch.Tensor | None) -> torch.Tensor | None:

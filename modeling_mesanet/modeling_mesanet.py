@@ -531,19 +531,24 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get("past_key_values")
-        continued = cache is not None and cache.get_seq_length() > 0
-        if generation_config.prefill_chunk_size and (continued or model_kwargs.get("inputs_embeds") is not None):
-            # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when there
-            # are no others) and passes over embeddings (5.17).
+        if generation_config.prefill_chunk_size:
             generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
+            # Only the step of one token is worth compiling: every length of a last chunk would be compiled anew, and
+            # states that a graph makes lie in the memory that its next run writes to.
+            generation_config.disable_compile = True
+            continued = cache is not None and cache.get_seq_length() > 0
+            if continued or model_kwargs.get("inputs_embeds") is not None:
+                # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when
+                # there are no others) and passes over embeddings (5.17).
+                generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     # `generate` takes inputs_embeds only from models that name the argument here.
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         past_key_values = kwargs.get("past_key_values")
-        continued = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if continued and next_sequence_length is not None and next_sequence_length <= 0:
+        # In this order: reading the cache's length waits for the device, which only a prompt may do.
+        nothing_new = next_sequence_length is not None and next_sequence_length <= 0
+        if nothing_new and past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 f"input_ids ends {-int(next_sequence_length)} tokens before the end of what past_key_values already "
                 "holds; pass all tokens, the cached ones included, or the new ones with an attention_mask over all."
@@ -611,24 +616,27 @@ def local_mask(
     if attention_mask is None:
         return None
     tracing = torch.compiler.is_compiling()
-    # A counter read into a graph would be a new constant at every token.
-    past_length = 0 if past_key_values is None or tracing else cached_length(past_key_values)
+    # A counter read into a graph would be a new constant at every token; read from an accelerator, each would wait.
+    unread = tracing or (length == 1 and attention_mask.device.type != "cpu")
+    past_length = None if unread else 0 if past_key_values is None else cached_length(past_key_values)
     check_mask(attention_mask, batch, length, past_length)
     mask = attention_mask[:, -length:].bool()
     return None if not tracing and mask.all() else mask
 
 
-def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int) -> None:
+def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int | None) -> None:
     """Refuse a mask that covers neither the new tokens nor the cached and the new ones.
+
+    Without a `past_length`, which may be too dear to read, it may cover any number of cached ones.
 
     Raises:
         ValueError: as above.
     """
     if attention_mask is None:
         return
-    shape, widths = attention_mask.shape, sorted({length, past_length + length})
+    shape, widths = attention_mask.shape, sorted({length, (past_length or 0) + length})
     fits = len(shape) == 2 and shape[0] == batch
-    if not fits or (shape[1] < length if torch.compiler.is_compiling() else shape[1] not in widths):
+    if not fits or (shape[1] < length if past_length is None else shape[1] not in widths):
         expected = " or ".join(str((batch, width)) for width in widths)
         raise ValueError(
             f"attention_mask has shape {tuple(shape)}; for these inputs it must be {expected} (one entry a token, the "
