@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/.
-_kernels = Path(__file__).parents[1] / "kernels"
-if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
-    __path__.append(str(_kernels))
+# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/, and
+# other subpackages beside this folder.
+_root = Path(__file__).parents[1]
+if (_root / "kernels" / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
+    __path__ += [str(_root / "kernels"), str(_root)]
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
 from .loading import load_checkpoint  # noqa: E402
