@@ -144,7 +144,7 @@ class CheckpointReader:
         return torch.frombuffer(data, dtype=DTYPES[header.dtype]).reshape(header.shape)
 
     def fingerprint(self) -> str:
-        """Differs when a file of the checkpoint, or its place, does (told by size and time of change, not by content)."""
+        """Differs when a file of the checkpoint or its place does (told by size and time of change, not content)."""
         digest = hashlib.sha256(str(self.folder.resolve()).encode())
         for file in (self.folder / "config.json", *self.files):
             status = file.stat()

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -69,6 +69,13 @@ class ConversionReport:
     compared: str
     logits: LogitComparison | None
     left_out: list[str]
+
+    def as_json(self) -> dict:
+        """The fields as JSON types; `logits` without what follows from it."""
+        fields = asdict(self)
+        if self.logits is not None:
+            fields["logits"] = self.logits._asdict() | {"dtype": str(self.logits.dtype).removeprefix("torch.")}
+        return fields
 
 
 def convert_from_fla(

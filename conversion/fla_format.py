@@ -2,7 +2,8 @@
 """MesaNet in flash-linear-attention ("fla", model type `mesa_net`, as of 0.6.0) and here: configs and names.
 
 Where neither config asks for what the other lacks, the two compute the same function of the same numbers: every
-tensor is carried over byte for byte; only the regulariser changes its shape, `[H * K]` there and `[H, K]` here. What differs:
+tensor is carried over byte for byte; only the regulariser changes its shape, `[H * K]` there and `[H, K]` here.
+What differs:
 
 | | fla | here |
 |---|---|---|
