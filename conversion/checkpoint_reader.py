@@ -8,7 +8,6 @@ grow with the checkpoint. Pickled files (`.bin`) are read one at a time, and onl
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -189,14 +188,15 @@ class PickledCheckpointReader(CheckpointReader):
                 except RuntimeError:  # files of torch before 1.6 cannot be mapped
                     tensors = torch.load(file, map_location="cpu", weights_only=True)
                 if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                    raise ValueError("it is not a dictionary of tensors")
+                    raise TypeError("not a dictionary of tensors")
             except FileNotFoundError:
                 self._refuse(f"index names {file.name}, which is missing", "download the checkpoint again")
-            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                cause = one_line(error) if isinstance(error, ValueError | OSError) else type(error).__name__
-                self._refuse(
-                    f"{file.name} is truncated or not a file of tensors ({cause})", "download the checkpoint again"
-                )
+            # What torch raises depends on the byte that it stumbles over; its longer messages advise to unpickle all.
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.argument} is '{self.folder}', whose {file.name} is truncated or holds other things than "
+                    f"tensors ({type(error).__name__}); download the checkpoint again."
+                ) from error
             self._loaded = file, tensors
         return self._loaded[1]
 

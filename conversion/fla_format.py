@@ -25,9 +25,11 @@ import re
 from collections.abc import Mapping
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mesanet import MesaNetConfig
+from ..loading import one_line
 from .checkpoint_writer import ConversionError
 
 FLA_MODEL_TYPE = "mesa_net"
@@ -224,8 +226,8 @@ def config_from_fla(fields: Mapping) -> MesaNetConfig:
             cg_tolerance=None,
             architectures=["MesaNetForCausalLM"],
         )
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config is not valid ({str(error).splitlines()[-1].strip().rstrip('.')}).") from error
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"config is not valid ({one_line(error)}); correct that field.") from error
 
 
 def _intermediate_size(values: Mapping) -> int:

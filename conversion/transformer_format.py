@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration_mesanet import MesaNetConfig
@@ -91,8 +92,8 @@ def read_source_config(fields: Mapping):
     model_type = fields["model_type"]
     try:
         config = AutoConfig.for_model(model_type, **{k: v for k, v in fields.items() if k != "model_type"})
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config is not valid ({one_line(error)}).") from error
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"config is not valid ({one_line(error)}); correct that field.") from error
     defaults = type(config)().to_dict()
     known = {*_LEFT_OUT, *_SAME, *defaults}
     unknown = sorted(fields.keys() - known)
@@ -130,8 +131,8 @@ def config_from_transformer(source) -> MesaNetConfig:
             dtype=source.dtype,
             architectures=["MesaNetForCausalLM"],
         )
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config is not valid ({one_line(error)}).") from error
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConversionError(f"config is not valid ({one_line(error)}); correct that field.") from error
 
 
 def expected_tensors(source) -> dict[str, tuple[int, ...]]:
