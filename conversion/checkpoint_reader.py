@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..loading import CheckpointError, TensorHeader, one_line, read_header, weight_files
+from ..loading import CheckpointError, TensorHeader, read_header, weight_files
 
 # The dtypes of weights, in safetensors' spelling.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

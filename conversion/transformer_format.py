@@ -95,7 +95,7 @@ def read_source_config(fields: Mapping):
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConversionError(f"config is not valid ({one_line(error)}); correct that field.") from error
     defaults = type(config)().to_dict()
-    known = {*_LEFT_OUT, *_SAME, *defaults}
+    known = {*_LEFT_OUT, *_SAME, *defaults, "head_dim"}  # Qwen2 reads this field without declaring it
     unknown = sorted(fields.keys() - known)
     if unknown:
         name = unknown[0]

@@ -349,9 +349,10 @@ class TestInterruption:
                 raise KeyboardInterrupt
             yield from read_pieces(self, name)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(CheckpointReader, "pieces", pieces)
-            convert_from_fla(source, tmp_path / "ours", max_shard_size="20KB")
+            with pytest.raises(KeyboardInterrupt):
+                convert_from_fla(source, tmp_path / "ours", max_shard_size="20KB")
         return source, tensors, tmp_path / ".ours.partial" / "checkpoint"
 
     def test_leaves_complete_files_and_no_destination(self, interrupted, tmp_path):
@@ -427,7 +428,7 @@ class TestInterruption:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", flush)
-            with pytest.raises(CheckpointError, match="No space left on device.*run the same again"):
+            with pytest.raises(CheckpointError, match=r"No space left on device.*run the same again"):
                 convert_from_fla(source, tmp_path / "ours", max_shard_size="20KB")
         assert not (tmp_path / "ours").exists()
         assert not list(tmp_path.rglob("*.tmp"))
