@@ -328,6 +328,82 @@ def _print_description(report: dict) -> None:
     console.print(about)
 
 
+class SourceFormat(StrEnum):
+    fla = "fla"
+    llama = "llama"
+    mistral = "mistral"
+    qwen = "qwen"
+
+
+class TargetFormat(StrEnum):
+    mesanet = "mesanet"
+    fla = "fla"
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist yet.")],
+    source_format: Annotated[
+        SourceFormat | None,
+        typer.Option(
+            "--from",
+            help="What SOURCE is: a MesaNet of flash-linear-attention, or a softmax transformer to initialise from.",
+            show_default="fla",
+        ),
+    ] = None,
+    target_format: Annotated[
+        TargetFormat, typer.Option("--to", help="fla: convert a MesaNet of this package to flash-linear-attention's.")
+    ] = TargetFormat.mesanet,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 200MB.")] = "5GB",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin files; only from a source that you trust.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option(help="Compare logits too, where flash-linear-attention is installed and finds a GPU.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Convert a checkpoint from or to flash-linear-attention, or initialise one from a softmax transformer.
+
+    Run again after an interruption, the same command goes on where it stopped.
+    """
+    if target_format is TargetFormat.fla and source_format is not None:
+        raise typer.BadParameter("give one of --from and --to fla, not both.", param_hint="--from")
+    from .conversion import convert_from_fla, convert_to_fla, initialize_from_transformer
+
+    options = {
+        "max_shard_size": max_shard_size,
+        "allow_pickle": allow_pickle,
+        "progress": sys.stderr.isatty(),
+    }
+    with _exit_codes(context):
+        if target_format is TargetFormat.fla:
+            report = convert_to_fla(source, destination, compare=compare, **options)
+        elif source_format in (None, SourceFormat.fla):
+            report = convert_from_fla(source, destination, compare=compare, **options)
+        else:
+            report = initialize_from_transformer(source, destination, family=source_format.value, **options)
+        if as_json:
+            typer.echo(json.dumps(report.as_json(), indent=2))
+        else:
+            _print_conversion(report)
+
+
+def _print_conversion(report) -> None:
+    console, about = _console(), _table("converted")
+    about.add_row("folder", report.destination)
+    about.add_row("weights", f"{report.tensors} tensors, {report.bytes:,} bytes in {len(report.shards)} files")
+    if report.resumed:
+        about.add_row("resumed", f"{report.resumed} of these files were complete from an earlier run")
+    about.add_row("carried along", ", ".join(report.carried) or "nothing: the source holds no tokenizer")
+    if report.left_out:
+        about.add_row("left out", f"{len(report.left_out)} tensors: {', '.join(report.left_out[:3])} ...")
+    about.add_row("compared", report.compared)
+    console.print(about)
+
+
 def _console() -> Console:
     # Without a terminal rich assumes 80 columns and would break paths in two.
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)
