@@ -155,11 +155,15 @@ def data_folder() -> Path | None:
     return folder
 
 
-def has_local_rows(name: str, folder: Path) -> bool:
-    """Whether `folder` holds what `local_rows(name, ...)` reads."""
+def missing_file(name: str, folder: Path) -> str | None:
+    """What `folder` lacks for the source `name` (`words` for `local_words`), as words of a sentence; None if nothing."""
+    books = SOURCES["books"]
     if name == "words":
-        return _words_file(folder).exists() or has_local_rows("books", folder)
-    return (folder / SOURCES[name].file).exists()
+        if _words_file(folder).exists() or (folder / books.file).exists():
+            return None
+        return f"fewshot/words.txt (a word a line) or {books.file} ({books.format})"
+    source = SOURCES[name]
+    return None if (folder / source.file).exists() else f"{source.file} ({source.format})"
 
 
 def local_rows(name: str, task: str) -> list[dict] | None:
@@ -174,13 +178,9 @@ def local_rows(name: str, task: str) -> list[dict] | None:
     folder = data_folder()
     if folder is None:
         return None
+    _require(name, folder, task)
     source = SOURCES[name]
     path = folder / source.file
-    if not path.exists():
-        raise EvaluationError(
-            f"The data folder '{folder}' holds no {source.file}, which {task} needs ({source.format}); put it there, or "
-            f"leave {DATA_VARIABLE} and --data-dir out to take the data set from the Hub."
-        )
     if path.is_dir():
         rows = [{"text": _nonempty(_read(file), str(file))} for file in sorted(path.glob("*.txt"))]
     elif path.suffix == ".txt":
@@ -203,20 +203,15 @@ def local_words(task: str) -> list[str] | None:
     folder = data_folder()
     if folder is None:
         return None
+    _require("words", folder, task)
     file = _words_file(folder)
     if file.exists():
         words = list(dict.fromkeys(word for word in _read(file).lower().split() if re.fullmatch(_LETTERS, word)))
-    elif has_local_rows("books", folder):
+    else:
         text = "\n".join(row["text"] for row in local_rows("books", task))
         # Words that are only ever capitalised are names; a word beside letters or an apostrophe is a piece of one.
         counts = Counter(re.findall(rf"(?<![\w’']){_LETTERS}(?![\w’'])", text))
         words = sorted(counts, key=lambda word: (-counts[word], word))
-    else:
-        raise EvaluationError(
-            f"The data folder '{folder}' holds neither fewshot/words.txt (a word a line) nor {SOURCES['books'].file} "
-            f"({SOURCES['books'].format}), of which {task} needs one; put one there, or leave {DATA_VARIABLE} and "
-            "--data-dir out to take the data set from the Hub."
-        )
     return words[:_WORDS]
 
 
@@ -228,6 +223,14 @@ def check_texts(rows: Iterable[dict], field: str, where: str) -> None:
     """
     for number, row in enumerate(rows, 1):
         _nonempty(row[field], f"{where}, document {number}")
+
+
+def _require(name: str, folder: Path, task: str) -> None:
+    if missing := missing_file(name, folder):
+        raise EvaluationError(
+            f"The data folder '{folder}' holds no {missing}, which {task} needs; put it there, or leave {DATA_VARIABLE} "
+            "and --data-dir out to take the data set from the Hub."
+        )
 
 
 def _words_file(folder: Path) -> Path:
