@@ -6,11 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/, and
-# the other subpackages beside this folder.
-_root = Path(__file__).parents[1]
-if (_root / "kernels" / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
-    __path__ += [str(_root / "kernels"), str(_root)]
+# Started in a checkout, Python finds this folder before an installed package; some of its parts then lie beside it.
+_here = Path(__file__).parent
+for _folder, _part in ((_here.parent / "kernels", "mesa"), (_here.parent, "eval")):
+    if (_folder / _part).is_dir() and not (_here / _part).is_dir():
+        __path__.append(str(_folder))
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
 from .loading import load_checkpoint  # noqa: E402

@@ -501,6 +501,55 @@ def card(
         typer.echo(file)
 
 
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="Tasks or groups, ours or lm-eval's, with commas between them.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
+        ),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder with local data.", show_default="MESANET_DATA, or else data sets from the Hub"),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for results and samples; goes on after interruption.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence at most.", show_default="what the tasks need")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder with results.")] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks that the data folder has no file for.")
+    ] = False,
+) -> None:
+    """Evaluate a model with lm-eval; options not listed here are lm-eval's, such as --limit and --batch_size."""
+    from .eval.harness import evaluate
+    from .eval.task_data import EvaluationError
+
+    with _exit_codes(context):
+        try:
+            evaluate(
+                model,
+                tasks,
+                data_dir=data_dir,
+                output=output,
+                dtype=dtype.value,
+                max_length=max_length,
+                overwrite=overwrite,
+                skip_missing=skip_missing,
+                options=context.args,
+            )
+        except EvaluationError as error:
+            raise UserError(str(error)) from error
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mesanet")
