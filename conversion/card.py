@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
@@ -221,8 +221,6 @@ def _check_model_index(index: list) -> None:
         for field in ("task_type", "dataset_type", "dataset_name", "metric_type"):
             if not isinstance(getattr(result, field), str) or not getattr(result, field).strip():
                 raise ValueError(f"`model-index` holds a result without {field.replace('_', '.')}")
-    if eval_results_to_model_index(name, results) != index:
-        raise ValueError("`model-index` holds fields that the Hub does not know")
 
 
 def _render(config: MesaNetConfig, about: dict, results: list[EvalResult], **details) -> str:

@@ -530,7 +530,7 @@ def test_version_is_the_one_in_pyproject():
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(name in result.stdout for name in ("generate", "doctor", "info"))
+    assert all(name in result.stdout for name in ("generate", "doctor", "info", "export", "card", "push"))
 
 
 def test_a_temperature_too_small_for_float32_is_a_usage_error():

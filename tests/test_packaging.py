@@ -20,7 +20,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "kernels", "conversion", "eval")
+BUILT_FROM = (
+    "pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "conversion", "eval", "kernels", "model_cards"
+)
 # What importing the package must not import: optional, and slow or absent.
 NOT_IMPORTED = ("triton", "matplotlib", "lm_eval", "datasets", "peft")
 
@@ -163,7 +165,9 @@ class TestWheel:
         expected |= {f"modeling_mesanet/mesa/{file.name}" for file in (tree / "kernels" / "mesa").glob("*.py")}
         expected |= {f"modeling_mesanet/conversion/{file.name}" for file in (tree / "conversion").glob("*.py")}
         expected |= {f"modeling_mesanet/eval/{file.name}" for file in (tree / "eval").glob("*.py")}
-        assert {"modeling_mesanet/mesa/__init__.py", "modeling_mesanet/eval/__init__.py"} <= expected
+        expected.add("modeling_mesanet/model_cards/template.md")
+        facades = {f"modeling_mesanet/{part}/__init__.py" for part in ("conversion", "eval", "mesa")}
+        assert facades <= expected
         held = {name for name in names(wheel) if ".dist-info/" not in name and "/checkpoints/" not in name}
         assert held == expected
         # A top-level `kernels` would overwrite the library of that name.
