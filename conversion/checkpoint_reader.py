@@ -123,18 +123,21 @@ class CheckpointReader:
         """The bytes of a tensor, in pieces of at most `PIECE_BYTES`.
 
         Raises:
-            CheckpointError: the file became shorter since its header was read.
+            CheckpointError: the file cannot be read any more, or became shorter since its header was read.
         """
         extent = self._extent(name)
-        with open(extent.file, "rb") as file:
-            file.seek(extent.start)
-            left = extent.length
-            while left:
-                piece = file.read(min(left, PIECE_BYTES))
-                if not piece:
-                    self._refuse(f"{extent.file.name} ends within {name}", "download the checkpoint again")
-                left -= len(piece)
-                yield memoryview(piece)
+        try:
+            with open(extent.file, "rb") as file:
+                file.seek(extent.start)
+                left = extent.length
+                while left:
+                    piece = file.read(min(left, PIECE_BYTES))
+                    if not piece:
+                        self._refuse(f"{extent.file.name} ends within {name}", "download the checkpoint again")
+                    left -= len(piece)
+                    yield memoryview(piece)
+        except OSError as error:
+            self._refuse(f"{extent.file.name} cannot be read ({error.strerror or error})", "check its disk")
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, whole."""

@@ -104,11 +104,13 @@ def read_source_config(fields: Mapping):
             "counterpart for; remove the field if the model was trained without it."
         )
     if getattr(config, "mlp_bias", False):
-        raise ConversionError("config field mlp_bias is True, for which MesaNet has no counterpart.")
+        raise ConversionError(
+            "config field mlp_bias is True, for which MesaNet has no counterpart; use a model without."
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConversionError(
             f"config field num_attention_heads is {config.num_attention_heads}, no multiple of num_key_value_heads "
-            f"({config.num_key_value_heads})."
+            f"({config.num_key_value_heads}); correct one of them."
         )
     return config
 
@@ -181,10 +183,10 @@ def computed(shape: tuple[int, ...], dtype: str, make: Callable[[], torch.Tensor
 
 def fresh_mixer_values(config: MesaNetConfig) -> dict[str, torch.Tensor]:
     """What a mixer begins with beside its projections, float32, by name within a layer."""
-    one_layer = MesaNetConfig(
-        **{**{name: getattr(config, name) for name in _MIXER_FIELDS}, "num_hidden_layers": 1, "vocab_size": 1},
-    )
-    fresh = MesaNetForCausalLM(one_layer).model.layers[0].mixer
+    small = {"vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1}
+    kept = {name: getattr(config, name) for name in _MIXER_FIELDS}
+    with torch.random.fork_rng(devices=[]):  # the user's random numbers are not ours to draw
+        fresh = MesaNetForCausalLM(MesaNetConfig(**small, **kept)).model.layers[0].mixer
     heads, key_channels = config.num_attention_heads, config.num_attention_heads * config.head_dim
     convolution = torch.zeros(key_channels, 1, config.conv_kernel_size)
     convolution[..., -1] = CONVOLUTION_TAP
@@ -200,14 +202,8 @@ def fresh_mixer_values(config: MesaNetConfig) -> dict[str, torch.Tensor]:
     }
 
 
-_MIXER_FIELDS = (
-    "hidden_size",
-    "num_attention_heads",
-    "head_dim",
-    "value_head_dim",
-    "lambda_lower_bound",
-    "lambda_init",
-)
+# What the initial values of biases, regulariser and head norm depend on.
+_MIXER_FIELDS = ("num_attention_heads", "head_dim", "value_head_dim", "lambda_lower_bound", "lambda_init")
 
 
 def _queries(reader: CheckpointReader, layer: str, source, config: MesaNetConfig) -> torch.Tensor:

@@ -262,6 +262,12 @@ class TestMistakes:
         (copy / "model.safetensors.index.json").write_text("{}")
         assert "model.safetensors.index.json cannot be read" in refuse("generate", "--model", copy)
 
+    @pytest.mark.parametrize("name", ["../weights.safetensors", "/weights.safetensors", "..", "a\\b.safetensors"])
+    def test_index_that_leaves_the_folder(self, copy, name):
+        (copy / "model.safetensors").rename(copy.parent / "weights.safetensors")
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert f"names '{name}', which is not a file of that folder" in refuse("info", copy)
+
     @pytest.mark.parametrize(("content", "words"), [(None, "holds no tokenizer.json"), ("{}", "cannot be read")])
     def test_bad_tokenizer(self, copy, content, words):
         if content is None:

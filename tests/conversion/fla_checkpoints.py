@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint of fla's MesaNet consists of, from its names and shapes alone."""
+"""What a checkpoint of fla's MesaNet consists of, from its names and shapes alone; and fla's layers without a GPU."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 FIELDS = {
     "architectures": ["MesaNetForCausalLM"],
@@ -50,3 +55,31 @@ def fla_tensors(fields: dict, dtype: torch.dtype = torch.float32) -> dict[str, t
         shapes["lm_head.weight"] = (fields["vocab_size"], d)
     generator = torch.Generator().manual_seed(0)
     return {name: (0.5 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
+
+
+@contextmanager
+def fla_without_triton() -> Iterator[None]:
+    """Stand in for what fla has no torch form of around its solver: norms, convolutions, the product of its MLP."""
+    from fla import modules
+
+    def norm(self, x, residual=None, prenorm=False):
+        x = x if residual is None else x + residual
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return (y, x) if prenorm else y
+
+    def gated_norm(self, x, gate):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps) * F.silu(gate)
+
+    def convolution(self, x, **options):
+        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
+        return F.silu(F.conv1d(padded, self.weight, groups=self.groups)).transpose(1, 2), None
+
+    def gated_linear(x, y, weight, bias):
+        return F.linear(F.silu(x) * y, weight, bias)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(modules.RMSNorm, "forward", norm))
+        stack.enter_context(mock.patch.object(modules.FusedRMSNormGated, "forward", gated_norm))
+        stack.enter_context(mock.patch.object(modules.ShortConvolution, "forward", convolution))
+        stack.enter_context(mock.patch("fla.modules.mlp.swiglu_linear", gated_linear))
+        yield

@@ -389,6 +389,19 @@ class TestInterruption:
         assert_same(state_dict_to_fla(read(tmp_path / "ours")), tensors)
         assert len(list((tmp_path / "ours").glob("*.safetensors"))) == len(report.shards)
 
+    def test_a_source_that_vanishes(self, fla_checkpoint, tmp_path, monkeypatch):
+        source, _, _ = fla_checkpoint()
+        write_text = CheckpointWriter.write_text
+
+        def remove(self, name, text):
+            (source / SECOND).unlink(missing_ok=True)
+            write_text(self, name, text)
+
+        monkeypatch.setattr(CheckpointWriter, "write_text", remove)
+        with pytest.raises(CheckpointError, match=f"{SECOND} cannot be read"):
+            convert_from_fla(source, tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+
     def test_a_spoiled_file_is_found(self, interrupted, tmp_path):
         source, _, folder = interrupted
         with open(sorted(folder.iterdir())[1], "r+b") as file:

@@ -2,12 +2,11 @@
 """fla's format: names, shapes, config fields and meaning, against its definition in plain torch and against fla."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fla_checkpoints import FIELDS, fla_tensors
+from fla_checkpoints import FIELDS, fla_tensors, fla_without_triton
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
 from modeling_mesanet.conversion import (
@@ -110,21 +109,8 @@ class TestMeaning:
     def test_computes_what_fla_computes(self):
         """Its own layers and its own exact reference; only its Triton kernels, which need a GPU, are stood in for."""
         pytest.importorskip("fla", reason="flash-linear-attention is not installed")
-        from fla import modules
         from fla.models.mesa_net import MesaNetConfig as FlaConfig
         from fla.models.mesa_net import MesaNetForCausalLM as FlaModel
-
-        def norm(self, x, residual=None, prenorm=False):
-            x = x if residual is None else x + residual
-            y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            return (y, x) if prenorm else y
-
-        def gated_norm(self, x, gate):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps) * F.silu(gate)
-
-        def convolution(self, x, **options):
-            padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
-            return F.silu(F.conv1d(padded, self.weight, groups=self.groups)).transpose(1, 2), None
 
         ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
         for variant in VARIANTS.values():
@@ -137,14 +123,7 @@ class TestMeaning:
             back = FlaConfig(**config_to_fla(config_from_fla(fields))).to_dict()
             del back["hidden_ratio"]  # the width is given instead
             assert back.items() <= {**peer.config.to_dict(), "architectures": ["MesaNetForCausalLM"]}.items()
-            with (
-                torch.no_grad(),
-                exact_reference(),
-                mock.patch.object(modules.RMSNorm, "forward", norm),
-                mock.patch.object(modules.FusedRMSNormGated, "forward", gated_norm),
-                mock.patch.object(modules.ShortConvolution, "forward", convolution),
-                mock.patch("fla.modules.mlp.swiglu_linear", lambda x, y, w, b: F.linear(F.silu(x) * y, w, b)),
-            ):
+            with torch.no_grad(), exact_reference(), fla_without_triton():
                 expected = peer(ids, use_cache=False).logits
                 logits = load(fields, tensors, torch.float32)(ids).logits
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
