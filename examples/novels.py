@@ -5,7 +5,6 @@ Dimension legend: N tokens in the corpus, L tokens in a block, B blocks in a bat
 """
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
@@ -19,6 +18,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
+
+from modeling_mesanet.eval.results import (
+    UsageError,
+    fingerprint,
+    read_documents,
+    replacing,
+    utf8_bytes,
+    write_json,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPECIAL_TOKEN = "<|endoftext|>"
@@ -40,10 +48,6 @@ PIECES = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-
-
-class UsageError(Exception):
-    """A mistake of the caller's: the programs print its one sentence and exit with status 1, without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -68,50 +72,6 @@ def data_folder(given: Path | None) -> Path:
     return folder
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a JSON-lines file (`.gz` or plain), each with at least a field `text`."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"No such file: {path}. Check --data-dir, or give a .jsonl, .jsonl.gz or .txt file.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows or not all(isinstance(row, dict) and "text" in row for row in rows):
-        raise UsageError(f"{path} must hold one JSON object with a field 'text' per line, and at least one line.")
-    return rows
-
-
-def read_documents(path: Path) -> list[str]:
-    """The texts of a JSON-lines file, or the whole of a `.txt` file as one document."""
-    path = Path(path)
-    if path.suffix == ".txt" and path.is_file():
-        return [path.read_text(encoding="utf-8")]
-    return [row["text"] for row in read_rows(path)]
-
-
-def utf8_bytes(documents: Iterable[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in documents)
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (keeping its suffix) that becomes `path` when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder: an older one of that name is replaced only once the new one is complete."""
@@ -131,11 +91,6 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, content) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

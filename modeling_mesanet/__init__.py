@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/.
-_kernels = Path(__file__).parents[1] / "kernels"
-if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
-    __path__.append(str(_kernels))
+# Started in a checkout, Python finds this folder before an installed package; some of its parts then lie beside it.
+_here = Path(__file__).parent
+for _part, _folder in (("mesa", _here.parent / "kernels"), ("eval", _here.parent)):
+    if (_folder / _part).is_dir() and not (_here / _part).is_dir():
+        __path__.append(str(_folder))
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
 from .loading import load_checkpoint  # noqa: E402

@@ -340,6 +340,71 @@ def _table(title: str) -> Table:
     return table
 
 
+@contextmanager
+def _evaluation(context: typer.Context) -> Iterator[None]:
+    """`_exit_codes` for the commands of `modeling_mesanet.eval`, whose own mistakes become a `UserError`."""
+    from .eval.results import UsageError
+
+    with _exit_codes(context):
+        try:
+            yield
+        except UsageError as error:
+            raise UserError(str(error)) from error
+
+
+@app.command()
+def perplexity(
+    context: typer.Context,
+    texts: Annotated[
+        list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A model with the same tokenizer to compare with, position by position.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Context lengths with commas, such as 512,2048,32768.", show_default="whole documents"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each document to score at most.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2048,
+    tokens_at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in one forward pass, over all documents.", show_default="by device"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the figure, too.")] = True,
+) -> None:
+    """Measure the loss by token position: of whole documents, or in windows of several context lengths."""
+    from .eval.perplexity import print_result, run
+
+    with _evaluation(context):
+        print_result(
+            run(
+                texts,
+                output=output,
+                model=model,
+                reference=reference,
+                lengths=lengths,
+                max_tokens=max_tokens,
+                chunk=chunk,
+                tokens_at_once=tokens_at_once,
+                device=str(_check_device(device)),
+                dtype=dtype.value,
+                resume=resume,
+                plot=plot,
+            )
+        )
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mesanet")
