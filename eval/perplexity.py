@@ -194,8 +194,12 @@ class PositionSums(NamedTuple):
 
     def binned(self, edges: np.ndarray | list[int]) -> np.ndarray:
         """The mean within each bin, over its tokens."""
-        starts = edges[:-1]
-        return np.add.reduceat(self.nats, starts) / np.add.reduceat(self.tokens, starts)
+        return self._between(self.nats, edges) / self._between(self.tokens, edges)
+
+    @staticmethod
+    def _between(values: np.ndarray, edges: np.ndarray | list[int]) -> np.ndarray:
+        total = np.concatenate([[0], values.cumsum()])[edges]
+        return total[1:] - total[:-1]
 
 
 def figures(nats: float, tokens: int, size: int | None = None) -> dict:
@@ -258,7 +262,8 @@ def load_model(path: str | os.PathLike | None, *, device: str, dtype: str, argum
     # All that determines the result: config, weights, tokenizer.
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256("".join(file.name + fingerprint(file) for file in files).encode()).hexdigest()
-    description = {"name": folder.resolve().name if path is None else str(path), "sha256": digest}
+    downloaded = path is not None and not Path(path).expanduser().is_dir()
+    description = {"name": str(path) if downloaded else folder.resolve().name, "sha256": digest}
     return LoadedModel(model, tokenizer, description)
 
 

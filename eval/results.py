@@ -185,7 +185,7 @@ def open_results(folder: Path, settings: dict, *, resume: bool) -> Path:
         changed = sorted(name for name in known.keys() | settings.keys() if known.get(name) != settings.get(name))
         if changed:
             raise UsageError(
-                f"--output is '{folder}', whose run had another {changed[0].replace('_', ' ')}; repeat its options to "
+                f"--output is '{folder}', whose run differs in {changed[0].replace('_', ' ')}; repeat its options to "
                 "resume it, or give another folder."
             )
         return folder

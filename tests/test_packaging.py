@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "kernels")
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "kernels", "eval")
 # What importing the package must not import: optional, and slow or absent.
 NOT_IMPORTED = ("triton", "matplotlib", "lm_eval", "datasets", "peft")
 
@@ -157,7 +157,8 @@ class TestWheel:
     def test_holds_the_packages_and_nothing_else(self, wheel, tree):
         expected = {f"modeling_mesanet/{file.name}" for file in (tree / "modeling_mesanet").glob("*.py")}
         expected |= {f"modeling_mesanet/mesa/{file.name}" for file in (tree / "kernels" / "mesa").glob("*.py")}
-        assert "modeling_mesanet/mesa/__init__.py" in expected
+        expected |= {f"modeling_mesanet/eval/{file.name}" for file in (tree / "eval").glob("*.py")}
+        assert {"modeling_mesanet/mesa/__init__.py", "modeling_mesanet/eval/__init__.py"} <= expected
         held = {name for name in names(wheel) if ".dist-info/" not in name and "/checkpoints/" not in name}
         assert held == expected
         # A top-level `kernels` would overwrite the library of that name.
