@@ -331,7 +331,7 @@ def run(
     windows = [window for name, tokens in usable.items() for window in documents[name].windows(length, tokens)]
     sweep = [Setting(OWN, config.cg_max_steps, config.cg_tolerance)]
     sweep += [Setting(f"steps-{number}", number, None) for number in fixed]
-    sweep += [Setting(f"tolerance-{number:g}", config.cg_max_steps, number) for number in relative]
+    sweep += [Setting(f"tolerance-{number:g}", config.cg_max_steps, number) for number in reversed(relative)]
     settings = {
         "command": "compute-sweep",
         "model": loaded.description,
@@ -463,15 +463,16 @@ def plot_sweep(path: Path, result: dict, measured: dict[str, dict[str, np.ndarra
     def against_steps(axes, value: Callable[[dict], float], label: str) -> None:
         for family, members in families.items():
             members = sorted(members, key=lambda entry: entry["mean_steps"])
-            steps = [entry["mean_steps"] for entry in members]
-            axes.plot(steps, [value(entry) for entry in members], "o-", label=family)
+            steps, values = [entry["mean_steps"] for entry in members], [value(entry) for entry in members]
+            axes.plot(steps, values, "o-", label=family)
         axes.plot(entries[OWN]["mean_steps"], value(entries[OWN]), "k*", markersize=10, label="checkpoint's setting")
         axes.set(xlabel="mean steps a token, layer and head", ylabel=label)
         axes.set_xscale("symlog", linthresh=1)
         axes.legend()
 
     against_steps(grid[0], lambda entry: entry["nll"], "loss, nats a token")
-    against_steps(grid[1], lambda entry: entry["mean_residual"], "mean relative residual")
+    # Without a solver there is no residual, and zero has no logarithm.
+    against_steps(grid[1], lambda entry: entry["mean_residual"] or math.nan, "mean relative residual")
     grid[1].set_yscale("log")
     length = len(measured[OWN]["nats"])
     edges = bins(length, log=True, count=24)
