@@ -129,7 +129,9 @@ def card_entries(folder: str | os.PathLike) -> list[EvalResult]:
     """
     summary = _read_summary(Path(folder))
     if summary is None or summary["status"] != "finished":
-        raise EvaluationError(f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end.")
+        raise EvaluationError(
+            f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end."
+        )
     return [
         EvalResult(
             task_type="text-generation",

@@ -397,7 +397,9 @@ class Generated(MesaNetTask):
         metadata = self.config.metadata
         values = metadata[self.varied]
         try:
-            groups = [self.make(metadata, value) for value in (values if isinstance(values, list | tuple) else [values])]
+            groups = [
+                self.make(metadata, value) for value in (values if isinstance(values, list | tuple) else [values])
+            ]
         except EvaluationError:
             raise
         except ValueError as error:

@@ -4,7 +4,6 @@
 Dimension legend: N tokens in the corpus, L tokens in a block, B blocks in a batch.
 """
 
-import gzip
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from modeling_mesanet.eval.results import UsageError, read_documents, utf8_bytes
 from modeling_mesanet.files import fingerprint, replacing, replacing_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,10 +41,6 @@ PIECES = (
 )
 
 
-class UsageError(Exception):
-    """A mistake of the caller's: the programs print its one sentence and exit with status 1, without a traceback."""
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -65,31 +61,6 @@ def data_folder(given: Path | None) -> Path:
             "that holds corpus/novels_train.jsonl.gz."
         )
     return folder
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a JSON-lines file (`.gz` or plain), each with at least a field `text`."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"No such file: {path}. Check --data-dir, or give a .jsonl, .jsonl.gz or .txt file.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows or not all(isinstance(row, dict) and "text" in row for row in rows):
-        raise UsageError(f"{path} must hold one JSON object with a field 'text' per line, and at least one line.")
-    return rows
-
-
-def read_documents(path: Path) -> list[str]:
-    """The texts of a JSON-lines file, or the whole of a `.txt` file as one document."""
-    path = Path(path)
-    if path.suffix == ".txt" and path.is_file():
-        return [path.read_text(encoding="utf-8")]
-    return [row["text"] for row in read_rows(path)]
-
-
-def utf8_bytes(documents: Iterable[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in documents)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

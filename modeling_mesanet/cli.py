@@ -550,6 +550,187 @@ def evaluate(
             raise UserError(str(error)) from error
 
 
+@contextmanager
+def _evaluation(context: typer.Context) -> Iterator[None]:
+    """`_exit_codes` for the commands of `modeling_mesanet.eval`, whose own mistakes become a `UserError`."""
+    from .eval.results import UsageError
+
+    with _exit_codes(context):
+        try:
+            yield
+        except UsageError as error:
+            raise UserError(str(error)) from error
+
+
+@app.command()
+def perplexity(
+    context: typer.Context,
+    texts: Annotated[
+        list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A model with the same tokenizer to compare with, position by position.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Context lengths with commas, such as 512,2048,32768.", show_default="whole documents"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each document to score at most.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2048,
+    tokens_at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in one forward pass, over all documents.", show_default="by device"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the figure, too.")] = True,
+) -> None:
+    """Measure the loss by token position: of whole documents, or in windows of several context lengths."""
+    from .eval.perplexity import print_result, run
+
+    with _evaluation(context):
+        print_result(
+            run(
+                texts,
+                output=output,
+                model=model,
+                reference=reference,
+                lengths=lengths,
+                max_tokens=max_tokens,
+                chunk=chunk,
+                tokens_at_once=tokens_at_once,
+                device=str(_check_device(device)),
+                dtype=dtype.value,
+                resume=resume,
+                plot=plot,
+            )
+        )
+
+
+@app.command()
+def compute_sweep(
+    context: typer.Context,
+    texts: Annotated[
+        list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window, read with an empty state.")] = 2048,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each document to read at most.")] = None,
+    steps: Annotated[
+        str, typer.Option(help="Fixed numbers of steps, with commas; 0 is no solver.")
+    ] = "1,2,3,5,8,15,30",
+    tolerances: Annotated[str, typer.Option(help="Tolerances, with commas.")] = "1e-1,1e-2,1e-3,1e-4,1e-5",
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks to run with every setting, with commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a task at a time.")] = 8,
+    chunk: Annotated[
+        int, typer.Option(min=2, help="Tokens read at a time; condition numbers are taken at the end of each.")
+    ] = 256,
+    tokens_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in one forward pass, over all windows.", show_default="by device")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the figures, too.")] = True,
+) -> None:
+    """Measure quality against solver steps, and where a model spends them: layers, heads, positions."""
+    from .eval.compute_sweep import print_result, run
+
+    with _evaluation(context):
+        print_result(
+            run(
+                texts,
+                output=output,
+                model=model,
+                length=length,
+                max_tokens=max_tokens,
+                steps=steps,
+                tolerances=tolerances,
+                tasks=tasks,
+                limit=limit,
+                batch_size=batch_size,
+                chunk=chunk,
+                tokens_at_once=tokens_at_once,
+                device=str(_check_device(device)),
+                dtype=dtype.value,
+                resume=resume,
+                plot=plot,
+            )
+        )
+
+
+@app.command()
+def synthetic(
+    context: typer.Context,
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK...",
+            help="mad (six tasks), mqar, regbench, all, or in-context-recall, noisy-recall, fuzzy-recall, "
+            "selective-copying, memorization, compression.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
+    layers: Annotated[
+        str, typer.Option(help="Layers to compare, with commas; gla is MesaNet with the solver off.")
+    ] = "mesanet,gla,attention",
+    published: Annotated[
+        bool, typer.Option("--published", help="The schedules of the tasks' authors: hours, not minutes.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the examples.", show_default="by task")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Learning rates to try, with commas.", show_default="by task")
+    ] = None,
+    weight_decays: Annotated[
+        str | None, typer.Option(help="Weight decays to try, with commas.", show_default="by task")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of examples and weights, with commas.")] = "0",
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of its own.")] = 1,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")] = "cpu",
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the figure, too.")] = True,
+) -> None:
+    """Train sequence layers from scratch on synthetic tasks, and compare their accuracy."""
+    from .eval.synthetic import benchmark, print_result
+
+    with _evaluation(context):
+        print_result(
+            benchmark(
+                tasks,
+                output=output,
+                layers=layers,
+                published=published,
+                epochs=epochs,
+                learning_rates=learning_rates,
+                weight_decays=weight_decays,
+                seeds=seeds,
+                jobs=jobs,
+                device=str(_check_device(device)),
+                mixed_precision=mixed_precision,
+                resume=resume,
+                plot=plot,
+            )
+        )
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mesanet")
