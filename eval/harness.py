@@ -27,6 +27,8 @@ from .task_data import DATA_VARIABLE, EvaluationError, data_folder, missing_file
 
 TASKS = Path(__file__).parent / "tasks"
 SUMMARY = "evaluation.json"
+# Room for tasks that do not say what they need: those that read one passage or few sentences.
+_TOKENS = 4096
 # What an earlier run leaves in the folder, and what `overwrite` removes.
 _OURS = (SUMMARY, "responses_*.db", "*/results_*.json", "*/samples_*.jsonl")
 
@@ -76,7 +78,7 @@ def evaluate(
     chosen, configs = _without_missing(chosen, configs, skip_missing)
     name, checkpoint, limit = _describe_model(model)
     if max_length is None:
-        needed = max((config["metadata"].get("max_tokens", 0) for config in configs.values()), default=0)
+        needed = max((config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()), default=0)
         max_length = max(limit, needed) if checkpoint is not None else limit
     setup_logging()
     # lm-eval's parser reads sys.argv and nothing else.
@@ -129,7 +131,9 @@ def card_entries(folder: str | os.PathLike) -> list[EvalResult]:
     """
     summary = _read_summary(Path(folder))
     if summary is None or summary["status"] != "finished":
-        raise EvaluationError(f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end.")
+        raise EvaluationError(
+            f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end."
+        )
     return [
         EvalResult(
             task_type="text-generation",

@@ -253,7 +253,9 @@ class Windows(CountsTokens):
     def rows(self, dataset_kwargs: dict | None) -> dict:
         rows = super().rows(dataset_kwargs)[self.evaluated_split]
         field = self.config.metadata["field"]
-        rows = [{"text": next(row[name] for name in (field, "text", "page") if name in row)} for row in rows]
+        rows = [
+            {"text": self._text(next(row[name] for name in (field, "text", "page") if name in row))} for row in rows
+        ]
         check_texts(rows, "text", self.config.task)
         length = self.config.metadata["window"]
         windows = [
@@ -262,6 +264,13 @@ class Windows(CountsTokens):
             for index, window in enumerate(self.windows(row["text"], length))
         ]
         return {self.evaluated_split: windows}
+
+    @staticmethod
+    def _text(value: str | dict) -> str:
+        if isinstance(value, str):
+            return value
+        sections = zip(value["section_name"], value["paragraphs"], strict=True)
+        return "\n".join("\n".join(filter(None, (name, *paragraphs))) for name, paragraphs in sections)
 
     def windows(self, text: str, length: int) -> list[str]:
         """`text` in pieces of `length` tokens; fewer where the cut would make more of them."""
@@ -397,7 +406,9 @@ class Generated(MesaNetTask):
         metadata = self.config.metadata
         values = metadata[self.varied]
         try:
-            groups = [self.make(metadata, value) for value in (values if isinstance(values, list | tuple) else [values])]
+            groups = [
+                self.make(metadata, value) for value in (values if isinstance(values, list | tuple) else [values])
+            ]
         except EvaluationError:
             raise
         except ValueError as error:
