@@ -501,9 +501,9 @@ class TestMistakes:
     def test_missing_file(self, own, load):
         (own / "recall/swde.jsonl").unlink()
         words = (
-            f"The data folder '{own}' holds no recall/swde.jsonl (a JSON object a line with the fields text (str), value "
-            "(str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take the data set "
-            "from the Hub."
+            f"The data folder '{own}' holds no recall/swde.jsonl (a JSON object a line with the fields text (str), "
+            "value (str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take the "
+            "data set from the Hub."
         )
         with pytest.raises(EvaluationError, match=re.escape(words)):
             load("swde")
@@ -629,7 +629,7 @@ class TestFiles:
 
 
 def test_plain_lm_eval_reads_our_tasks(local, folder):
-    """Through lm-eval's manager alone, as with `lm_eval --include_path`; the group's score is the mean of its tasks'."""
+    """Through lm-eval's manager alone, as with `lm_eval --include_path`; the group's score is a plain mean."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(folder)})
     _, results = run(manager.load(["mesanet_reasoning_local"]), folder, limit=2)
     group = results["groups"]["mesanet_reasoning_local"]["score,none"]
