@@ -144,7 +144,7 @@ def associative_recall_documents(*, pairs: int, queries: int, samples: int, seed
     """Key-value pairs, one a line, then some of the keys again in another order, each to be followed by its value.
 
     Args:
-        pairs: number of pairs, all keys distinct, at most 1,600.
+        pairs: number of pairs, all keys distinct, at most 1,550.
         queries: number of keys asked for, at most `pairs`.
         samples: number of documents.
         seed: of everything random.

@@ -83,8 +83,7 @@ class MesaNetTask(ConfigurableTask):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EvaluationError(
                 f"{self.config.task}: the Hub did not provide the data set '{self.config.dataset_path}' ({reason}); "
-                "check "
-                f"the network, or give a folder with local files (--data-dir or {DATA_VARIABLE})."
+                f"check the network, or give a folder with local files (--data-dir or {DATA_VARIABLE})."
             ) from error
         return self.dataset
 

@@ -159,6 +159,9 @@ class TestWheel:
         expected |= {f"modeling_mesanet/mesa/{file.name}" for file in (tree / "kernels" / "mesa").glob("*.py")}
         expected |= {f"modeling_mesanet/eval/{file.name}" for file in (tree / "eval").glob("*.py")}
         assert {"modeling_mesanet/mesa/__init__.py", "modeling_mesanet/eval/__init__.py"} <= expected
+        tasks = [file for file in (tree / "eval" / "tasks").rglob("*") if file.is_file()]
+        assert len(tasks) > 100
+        expected |= {f"modeling_mesanet/eval/{file.relative_to(tree / 'eval').as_posix()}" for file in tasks}
         held = {name for name in names(wheel) if ".dist-info/" not in name and "/checkpoints/" not in name}
         assert held == expected
         # A top-level `kernels` would overwrite the library of that name.

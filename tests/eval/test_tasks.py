@@ -502,8 +502,8 @@ class TestMistakes:
         (own / "recall/swde.jsonl").unlink()
         words = (
             f"The data folder '{own}' holds no recall/swde.jsonl (a JSON object a line with the fields text (str), "
-            "value (str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take the "
-            "data set from the Hub."
+            "value (str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take "
+            "the data set from the Hub."
         )
         with pytest.raises(EvaluationError, match=re.escape(words)):
             load("swde")
