@@ -15,31 +15,39 @@ HAYSTACKS = ("noise", "essay")
 # Scramblings of GPT-3 (arXiv 2005.14165, section 3.9.2) by the names of its files.
 SCRAMBLINGS = ("cycle_letters", "anagrams1", "anagrams2", "random_insertion", "reversed_words")
 
-_COLOURS = (
-    "amber azure bronze copper coral crimson golden green grey indigo ivory lilac maroon olive pearl purple red \
-rose russet scarlet silver teal violet white yellow".split()
-)
-_THINGS = "anchor apple arrow barrel basket beacon bell bottle bridge candle carpet castle clock compass cradle crown \
-drum feather fiddle forest garden hammer harbour island jacket kettle ladder lantern lemon letter marble meadow mirror \
-mountain needle orchard paddle parrot pebble pillow planet pocket ribbon river saddle shell shovel spoon table temple \
-thimble ticket tower tunnel turnip valley village violin wagon walnut whistle window".split()
-_PEOPLE = "the baker, the clerk, the doctor, the farmer, the gardener, the judge, the miller, the painter, the pilot, \
-the printer, the sailor, the teacher, the traveller, the widow, my brother, my neighbour, an old friend, a stranger".split(
-    ", "
-)
-_VERBS = (
-    "admired bought described drew dropped found forgot kept lost mended noticed painted praised remembered repaired \
-sold wanted watched".split()
-)
-_TIMES = (
-    "in the morning, after the rain, before supper, at the end of the week, that winter, in those years, by the time \
-the boats came in, when nobody was looking, a little later, on the way home".split(", ")
-)
-_REASONS = (
-    "because it was worth little, as people do in small towns, and thought no more of it, though nobody had asked, \
-and told everyone about it, which surprised me at the time, without saying why, and that was the end of the matter, as I \
-was told later".split(", ")
-)
+# fmt: off
+_COLOURS = [
+    "amber", "azure", "bronze", "copper", "coral", "crimson", "golden", "green", "grey", "indigo", "ivory", "lilac",
+    "maroon", "olive", "pearl", "purple", "red", "rose", "russet", "scarlet", "silver", "teal", "violet", "white",
+    "yellow",
+]
+_THINGS = [
+    "anchor", "apple", "arrow", "barrel", "basket", "beacon", "bell", "bottle", "bridge", "candle", "carpet", "castle",
+    "clock", "compass", "cradle", "crown", "drum", "feather", "fiddle", "forest", "garden", "hammer", "harbour",
+    "island", "jacket", "kettle", "ladder", "lantern", "lemon", "letter", "marble", "meadow", "mirror", "mountain",
+    "needle", "orchard", "paddle", "parrot", "pebble", "pillow", "planet", "pocket", "ribbon", "river", "saddle",
+    "shell", "shovel", "spoon", "table", "temple", "thimble", "ticket", "tower", "tunnel", "turnip", "valley",
+    "village", "violin", "wagon", "walnut", "whistle", "window",
+]
+_PEOPLE = [
+    "the baker", "the clerk", "the doctor", "the farmer", "the gardener", "the judge", "the miller", "the painter",
+    "the pilot", "the printer", "the sailor", "the teacher", "the traveller", "the widow", "my brother",
+    "my neighbour", "an old friend", "a stranger",
+]
+_VERBS = [
+    "admired", "bought", "described", "drew", "dropped", "found", "forgot", "kept", "lost", "mended", "noticed",
+    "painted", "praised", "remembered", "repaired", "sold", "wanted", "watched",
+]
+_TIMES = [
+    "in the morning", "after the rain", "before supper", "at the end of the week", "that winter", "in those years",
+    "by the time the boats came in", "when nobody was looking", "a little later", "on the way home",
+]
+_REASONS = [
+    "because it was worth little", "as people do in small towns", "and thought no more of it",
+    "though nobody had asked", "and told everyone about it", "which surprised me at the time", "without saying why",
+    "and that was the end of the matter", "as I was told later",
+]
+# fmt: on
 
 _NOISE = (
     "Waves come in, and waves go out. The clock ticks on the wall. Dust settles on the shelves. Nothing else happens. "
@@ -136,7 +144,7 @@ def associative_recall_documents(*, pairs: int, queries: int, samples: int, seed
     """Key-value pairs, one a line, then some of the keys again in another order, each to be followed by its value.
 
     Args:
-        pairs: number of pairs, all keys distinct, at most 1,600.
+        pairs: number of pairs, all keys distinct, at most 1,550.
         queries: number of keys asked for, at most `pairs`.
         samples: number of documents.
         seed: of everything random.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mesanet eval`: checks what can be checked before anything is loaded, then hands over to lm-eval.
 
-A results folder holds `evaluation.json` (what was asked for, and in the end the figures), the responses of the model so
-far (`responses_*.db`, from which an interrupted run goes on), and lm-eval's own files in a folder named after the model:
-`results_*.json` and `samples_*.jsonl`.
+A results folder holds `evaluation.json` (what was asked for, and in the end the figures), the responses of the model
+so far (`responses_*.db`, from which an interrupted run goes on), and lm-eval's own files in a folder named after the
+model: `results_*.json` and `samples_*.jsonl`.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ from .task_data import DATA_VARIABLE, EvaluationError, data_folder, missing_file
 
 TASKS = Path(__file__).parent / "tasks"
 SUMMARY = "evaluation.json"
+# Room for tasks that do not say what they need: those that read one passage or few sentences.
+_TOKENS = 4096
 # What an earlier run leaves in the folder, and what `overwrite` removes.
 _OURS = (SUMMARY, "responses_*.db", "*/results_*.json", "*/samples_*.jsonl")
 
@@ -51,14 +53,14 @@ def evaluate(
         data_dir: folder with local data; None leaves the choice to the environment variable MESANET_DATA.
         output: folder for results; None keeps none.
         dtype: of the weights.
-        max_length: tokens of a sequence at most; None is what the tasks need for a MesaNet, else the model's own limit.
+        max_length: tokens of a sequence at most; None is what the tasks need for a MesaNet, else the model's limit.
         overwrite: begin anew in a folder that holds results.
         skip_missing: leave out tasks that the data folder has no file for; groups that lose a task lose their mean.
         options: further arguments of `lm_eval run`, such as `["--limit", "10", "--batch_size", "8"]`.
 
     Raises:
-        EvaluationError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long, or
-            `output` holds something else.
+        EvaluationError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long,
+            or `output` holds something else.
         CheckpointError: the model is a MesaNet that cannot be loaded whole.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -76,7 +78,7 @@ def evaluate(
     chosen, configs = _without_missing(chosen, configs, skip_missing)
     name, checkpoint, limit = _describe_model(model)
     if max_length is None:
-        needed = max((config["metadata"].get("max_tokens", 0) for config in configs.values()), default=0)
+        needed = max((config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()), default=0)
         max_length = max(limit, needed) if checkpoint is not None else limit
     setup_logging()
     # lm-eval's parser reads sys.argv and nothing else.
@@ -164,7 +166,8 @@ def _resolve(names: list[str]) -> tuple[dict[str, dict], list[str]]:
             close = get_close_matches(unknown[0], [*ours.all_tasks, *every.all_tasks], n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists lm-eval's."
             raise EvaluationError(
-                f"--tasks names '{unknown[0]}', which is neither one of our tasks ({TASKS}) nor one of lm-eval's; {hint}"
+                f"--tasks names '{unknown[0]}', which is neither one of our tasks ({TASKS}) nor one of lm-eval's; "
+                f"{hint}"
             )
     configs = {}
     for name in chosen:
@@ -182,7 +185,7 @@ def _leaves(name: str, index: dict) -> dict[str, dict]:
 
 
 def _without_missing(chosen: list[str], configs: dict[str, dict], skip: bool) -> tuple[list[str], dict[str, dict]]:
-    """`chosen` and `configs` without tasks that the data folder lacks a file for; groups that lose one are split up."""
+    """`chosen` and `configs` without tasks that the data folder lacks a file for; groups that lose one are split."""
     from lm_eval.tasks import TaskManager
 
     folder = data_folder()
@@ -198,8 +201,8 @@ def _without_missing(chosen: list[str], configs: dict[str, dict], skip: bool) ->
     if not skip:
         raise EvaluationError(
             f"The data folder '{folder}' holds no {', no '.join(dict.fromkeys(missing.values()))}, needed by "
-            f"{', '.join(missing)}; put the files there, leave --data-dir and {DATA_VARIABLE} out to take the data sets "
-            "from the Hub, or give --skip-missing to leave these tasks out."
+            f"{', '.join(missing)}; put the files there, leave --data-dir and {DATA_VARIABLE} out to take the data "
+            "sets from the Hub, or give --skip-missing to leave these tasks out."
         )
     index = TaskManager(include_path=str(TASKS), include_defaults=False).task_index
     kept = [part for name in chosen for part in _complete(name, index, missing)]
@@ -240,8 +243,8 @@ def _config(model: str):
     # As for a checkpoint: many kinds of errors, one meaning.
     except Exception as error:
         raise EvaluationError(
-            f"--model is '{model}', whose config could not be read ({str(error).splitlines()[0]}); give the folder of a "
-            "checkpoint or a Hub id."
+            f"--model is '{model}', whose config could not be read ({str(error).splitlines()[0]}); give the folder of "
+            "a checkpoint or a Hub id."
         ) from error
 
 
@@ -306,7 +309,7 @@ def _finish(folder: Path, settings: dict) -> None:
 
 
 def _figures(results: dict) -> list[dict]:
-    """Every metric of every task and group of lm-eval's results: task, version, metric, value, stderr, shots, limit."""
+    """Every metric of every task and group of lm-eval's results: task, version, metric, value, stderr, shots."""
     limit = results["config"].get("limit")
     figures = []
     for part in ("results", "groups"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the tasks: from a local folder where one is given, else from the Hub.
 
-Local rows are read, checked and brought into the form that the data set has on the Hub, so that one processing (lm-eval's,
-where it has the task) serves both.
+Local rows are read, checked and brought into the form that the data set has on the Hub, so that one processing
+(lm-eval's, where it has the task) serves both.
 """
 
 import json
@@ -149,14 +149,14 @@ def data_folder() -> Path | None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise EvaluationError(
-            f"The data folder (--data-dir, {DATA_VARIABLE}) is '{name}', but there is no such folder; correct the path, "
-            "or leave it out to take the data sets from the Hub."
+            f"The data folder (--data-dir, {DATA_VARIABLE}) is '{name}', but there is no such folder; correct the "
+            "path, or leave it out to take the data sets from the Hub."
         )
     return folder
 
 
 def missing_file(name: str, folder: Path) -> str | None:
-    """What `folder` lacks for the source `name` (`words` for `local_words`), as words of a sentence; None if nothing."""
+    """What `folder` lacks for the source `name` (`words` for `local_words`), as words of a sentence; or None."""
     books = SOURCES["books"]
     if name == "words":
         if _words_file(folder).exists() or (folder / books.file).exists():
@@ -172,8 +172,8 @@ def local_rows(name: str, task: str) -> list[dict] | None:
     Texts to be read whole (`wikitext`, `books`) become rows with one field, `page` or `text`.
 
     Raises:
-        EvaluationError: the file is missing, cannot be read, holds no rows, or holds a row that lacks a field, has one of
-            another type, or is empty.
+        EvaluationError: the file is missing, cannot be read, holds no rows, or holds a row that lacks a field, has
+            one of another type, or is empty.
     """
     folder = data_folder()
     if folder is None:
@@ -228,8 +228,8 @@ def check_texts(rows: Iterable[dict], field: str, where: str) -> None:
 def _require(name: str, folder: Path, task: str) -> None:
     if missing := missing_file(name, folder):
         raise EvaluationError(
-            f"The data folder '{folder}' holds no {missing}, which {task} needs; put it there, or leave {DATA_VARIABLE} "
-            "and --data-dir out to take the data set from the Hub."
+            f"The data folder '{folder}' holds no {missing}, which {task} needs; put it there, or leave "
+            f"{DATA_VARIABLE} and --data-dir out to take the data set from the Hub."
         )
 
 

@@ -82,8 +82,8 @@ class MesaNetTask(ConfigurableTask):
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EvaluationError(
-                f"{self.config.task}: the Hub did not provide the data set '{self.config.dataset_path}' ({reason}); check "
-                f"the network, or give a folder with local files (--data-dir or {DATA_VARIABLE})."
+                f"{self.config.task}: the Hub did not provide the data set '{self.config.dataset_path}' ({reason}); "
+                f"check the network, or give a folder with local files (--data-dir or {DATA_VARIABLE})."
             ) from error
         return self.dataset
 
@@ -99,8 +99,8 @@ class MesaNetTask(ConfigurableTask):
         name = metadata.get("tokenizer") or metadata.get("pretrained")
         if not isinstance(name, str):
             raise EvaluationError(
-                f"{self.config.task} counts tokens and knows no tokenizer; name one with --model_args tokenizer=..., or "
-                "pass metadata={'tokenizer': ...} to simple_evaluate."
+                f"{self.config.task} counts tokens and knows no tokenizer; name one with --model_args tokenizer=..., "
+                "or pass metadata={'tokenizer': ...} to simple_evaluate."
             )
         return _load_tokenizer(name, metadata.get("revision"))
 
@@ -119,7 +119,8 @@ class MesaNetTask(ConfigurableTask):
         """As lm-eval.
 
         Raises:
-            EvaluationError: a sequence has more tokens than `max_length` of the model's arguments, where that is given.
+            EvaluationError: a sequence has more tokens than `max_length` of the model's arguments, where that is
+                given.
                 lm-eval would cut off its beginning and only log it.
         """
         requests = super().construct_requests(doc, ctx, **kwargs)
@@ -142,8 +143,8 @@ class MesaNetTask(ConfigurableTask):
             return  # rolling windows fit by construction
         if tokens > limit:
             raise EvaluationError(
-                f"{self.config.task}, document {request.doc_id}, needs {tokens} tokens, but max_length is {limit}; allow "
-                "as many (--max-length, or max_length in --model_args) if the model can read them."
+                f"{self.config.task}, document {request.doc_id}, needs {tokens} tokens, but max_length is {limit}; "
+                "allow as many (--max-length, or max_length in --model_args) if the model can read them."
             )
 
     # ---------------------------------------------------------------- scoring
@@ -177,7 +178,7 @@ class MultipleChoice(CountsTokens):
 
 
 class RaceByQuestions(MultipleChoice):
-    """RACE from the data set that has a row a question: grouped by article, which is what lm-eval's processing takes."""
+    """RACE from the data set with a row a question, put together by article, as lm-eval's processing has it."""
 
     def hub_rows(self, dataset_kwargs: dict | None) -> dict:
         rows = super().hub_rows(dataset_kwargs)[self.evaluated_split]
@@ -198,8 +199,8 @@ class GreedyMatch(MesaNetTask):
 class Recall(MesaNetTask):
     """Reads a text that ends in a question, and continues it; right when the continuation holds an answer.
 
-    `metadata.input_tokens` is what is left of the text, its end, special tokens included. `metadata.repeats` is how often
-    the cut text is shown.
+    `metadata.input_tokens` is what is left of the text, its end, special tokens included. `metadata.repeats` is how
+    often the cut text is shown.
     """
 
     def rows(self, dataset_kwargs: dict | None) -> dict:
@@ -253,7 +254,9 @@ class Windows(CountsTokens):
     def rows(self, dataset_kwargs: dict | None) -> dict:
         rows = super().rows(dataset_kwargs)[self.evaluated_split]
         field = self.config.metadata["field"]
-        rows = [{"text": next(row[name] for name in (field, "text", "page") if name in row)} for row in rows]
+        rows = [
+            {"text": self._text(next(row[name] for name in (field, "text", "page") if name in row))} for row in rows
+        ]
         check_texts(rows, "text", self.config.task)
         length = self.config.metadata["window"]
         windows = [
@@ -262,6 +265,13 @@ class Windows(CountsTokens):
             for index, window in enumerate(self.windows(row["text"], length))
         ]
         return {self.evaluated_split: windows}
+
+    @staticmethod
+    def _text(value: str | dict) -> str:
+        if isinstance(value, str):
+            return value
+        sections = zip(value["section_name"], value["paragraphs"], strict=True)
+        return "\n".join("\n".join(filter(None, (name, *paragraphs))) for name, paragraphs in sections)
 
     def windows(self, text: str, length: int) -> list[str]:
         """`text` in pieces of `length` tokens; fewer where the cut would make more of them."""
@@ -315,8 +325,8 @@ class FewShot(MesaNetTask):
     def fewshot_context(self, doc: dict, num_fewshot: int, **kwargs) -> str:
         if num_fewshot > len(self.sampler.df):
             raise EvaluationError(
-                f"{self.config.task} shows {num_fewshot} examples, but there are only {len(self.sampler.df)} to draw from; "
-                "give a longer file, or take the task with fewer."
+                f"{self.config.task} shows {num_fewshot} examples, but there are only {len(self.sampler.df)} to draw "
+                "from; give a longer file, or take the task with fewer."
             )
         self.sampler.set_rnd(f"{self._seed} {doc.get('draw', 0)}")
         return super().fewshot_context(doc, num_fewshot, **kwargs)

@@ -168,6 +168,9 @@ class TestWheel:
         expected.add("modeling_mesanet/model_cards/template.md")
         facades = {f"modeling_mesanet/{part}/__init__.py" for part in ("conversion", "eval", "mesa")}
         assert facades <= expected
+        tasks = [file for file in (tree / "eval" / "tasks").rglob("*") if file.is_file()]
+        assert len(tasks) > 100
+        expected |= {f"modeling_mesanet/eval/{file.relative_to(tree / 'eval').as_posix()}" for file in tasks}
         held = {name for name in names(wheel) if ".dist-info/" not in name and "/checkpoints/" not in name}
         assert held == expected
         # A top-level `kernels` would overwrite the library of that name.

@@ -23,7 +23,9 @@ def rows_by_file() -> dict[str, list[dict]]:
         {"context": f"{text}.", "question": "What was it", "answers": [thing, "nothing"], "title": "t"}
         for text, thing in zip(TEXTS, THINGS, strict=True)
     ]
-    arc = [{"id": str(i), "question": f"{text}?", "choices": CHOICES, "answerKey": "B"} for i, text in enumerate(TEXTS)]
+    arc = [
+        {"id": str(i), "question": f"{text}?", "choices": CHOICES, "answerKey": "B"} for i, text in enumerate(TEXTS)
+    ]
     return {
         "global_reasoning/lambada_openai.jsonl": [{"text": text, "target": "came"} for text in TEXTS],
         "global_reasoning/hellaswag.jsonl": [
@@ -76,7 +78,9 @@ def rows_by_file() -> dict[str, list[dict]]:
             for text in TEXTS
         ],
         **{
-            f"fewshot/{name}.jsonl": [{language: f"le vieux {i} est venu hier", "en": f"the old {i} came home yesterday"} for i in range(120)]
+            f"fewshot/{name}.jsonl": [
+                {language: f"le vieux {i} est venu hier", "en": f"the old {i} came home yesterday"} for i in range(120)
+            ]
             for name, language in (("wmt14_fr-en", "fr"), ("wmt16_de-en", "de"), ("wmt16_ro-en", "ro"))
         },
         "perplexity/govreport.jsonl": [{"text": f"{text}.\n" * 3, "summary": "s"} for text in TEXTS[:2]],

@@ -101,9 +101,7 @@ def run(tasks, folder, batch_size=4, limit=None):
         backend="causal",
     )
     results = evaluate(model, loaded, limit=limit, bootstrap_iters=0)
-    samples = {
-        name: sorted(found, key=lambda sample: sample["doc_id"]) for name, found in results["samples"].items()
-    }
+    samples = {name: sorted(found, key=lambda sample: sample["doc_id"]) for name, found in results["samples"].items()}
     return samples, results
 
 
@@ -113,7 +111,7 @@ class TestAgainstLmEval:
     @staticmethod
     def original(config: str, split: str, rows: list[dict]) -> ConfigurableTask:
         config = load_yaml(Path(lm_eval.tasks.__path__[0]) / config)
-        splits = {name: None for name in ("training_split", "validation_split", "test_split")}
+        splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
         dataset = {split: Dataset.from_list(rows)}
         return ConfigurableTask(
             config={**config, **splits, "validation_split": split, "custom_dataset": lambda **_: dataset}
@@ -174,7 +172,8 @@ class TestAgainstLmEval:
         rows = [{"article": f"{text}.", **problem} for text in TEXTS for problem in PROBLEMS]
         monkeypatch.delenv(task_data.DATA_VARIABLE)
         monkeypatch.setattr(
-            "datasets.load_dataset", lambda path, name: {("ehovy/race", "middle"): {"test": Dataset.from_list(rows)}}[path, name]
+            "datasets.load_dataset",
+            lambda path, name: {("ehovy/race", "middle"): {"test": Dataset.from_list(rows)}}[path, name],
         )
         expected = [request.args for request in requests_of(grouped)]
         assert [request.args for request in requests_of(load("race_m"))] == expected
@@ -274,6 +273,13 @@ class TestWindows:
                 assert max(tokens) <= length
                 assert all(count > length // 2 for count in tokens[:-1])
 
+    def test_sections_of_the_hub(self, load, monkeypatch):
+        monkeypatch.delenv(task_data.DATA_VARIABLE, raising=False)
+        paper = {"section_name": ["One", None], "paragraphs": [["a b", "c"], ["d"]]}
+        rows = Dataset.from_list([{"full_text": paper}])
+        monkeypatch.setattr("datasets.load_dataset", lambda **_: {"test": rows})
+        assert [doc["text"] for doc in load("qasper_2k").eval_docs] == ["One\na b\nc\nd"]
+
     def test_perplexity_is_that_of_the_model(self, local, load, folder, monkeypatch):
         task = load("books_2k", window=32)
         task.config.metadata["window"] = 32
@@ -333,7 +339,9 @@ class TestFewShot:
         assert len(set.union(*examples.values())) == 3
         # What is asked is never among the examples.
         evaluated = {document["completion"] for document in documents}
-        assert not evaluated & {line.split(" = ")[1] for found in examples.values() for lines in found for line in lines}
+        assert not evaluated & {
+            line.split(" = ")[1] for found in examples.values() for lines in found for line in lines
+        }
 
     def test_words_are_those_of_gpt3s_lengths(self, local):
         words = task_data.local_words("test")
@@ -493,9 +501,9 @@ class TestMistakes:
     def test_missing_file(self, own, load):
         (own / "recall/swde.jsonl").unlink()
         words = (
-            f"The data folder '{own}' holds no recall/swde.jsonl (a JSON object a line with the fields text (str), value "
-            "(str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take the data set "
-            "from the Hub."
+            f"The data folder '{own}' holds no recall/swde.jsonl (a JSON object a line with the fields text (str), "
+            "value (str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take "
+            "the data set from the Hub."
         )
         with pytest.raises(EvaluationError, match=re.escape(words)):
             load("swde")
@@ -562,7 +570,9 @@ class TestMistakes:
     @pytest.mark.parametrize("name", ["boolq", "squad", "mqar", "govreport_2k"])
     def test_sequence_longer_than_the_limit(self, local, load, name):
         task = load(name, max_length=20)
-        with pytest.raises(EvaluationError, match=rf"mesanet_{name}, document 0, needs \d+ tokens, but max_length is 20;"):
+        with pytest.raises(
+            EvaluationError, match=rf"mesanet_{name}, document 0, needs \d+ tokens, but max_length is 20;"
+        ):
             requests_of(task)
 
     def test_sequence_of_just_the_limit(self, local, load):
@@ -590,7 +600,7 @@ class TestFiles:
             config = index.task_index[name].cfg
             assert set(config["task"]) <= set(index.all_tasks), name
             grouped |= set(config["task"])
-        assert set(index.all_subtasks) - grouped == {"mesanet_mqar", "mesanet_passkey"}
+        assert set(index.all_subtasks) - grouped == {"mesanet_mqar", "mesanet_passkey", "mesanet_wikitext"}
         for name in index.all_subtasks:
             assert index.task_index[name].cfg["metadata"]["version"] >= 1
 
@@ -619,7 +629,7 @@ class TestFiles:
 
 
 def test_plain_lm_eval_reads_our_tasks(local, folder):
-    """Through lm-eval's manager alone, as with `lm_eval --include_path`; the group's score is the mean of its tasks'."""
+    """Through lm-eval's manager alone, as with `lm_eval --include_path`; the group's score is a plain mean."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(folder)})
     _, results = run(manager.load(["mesanet_reasoning_local"]), folder, limit=2)
     group = results["groups"]["mesanet_reasoning_local"]["score,none"]
