@@ -21,7 +21,14 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = (
-    "pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "conversion", "eval", "kernels", "model_cards"
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "modeling_mesanet",
+    "conversion",
+    "eval",
+    "kernels",
+    "model_cards",
 )
 # What importing the package must not import: optional, and slow or absent.
 NOT_IMPORTED = ("triton", "matplotlib", "lm_eval", "datasets", "peft")
