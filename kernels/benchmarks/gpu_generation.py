@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -78,8 +79,8 @@ from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
 from modeling_mesanet.mesa import select_backend, short_convolution
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
 
-# Relative difference of logits, of bfloat16 models of random weights that compute in another order; wrong ones would be
-# off by their own size. The peer is only made sure to be called rightly.
+# Relative difference of logits, of bfloat16 models of random weights that compute in another order; wrong ones would
+# be off by their own size. The peer is only made sure to be called rightly.
 ALLOWED = {"mesa": 0.1, "llama": 0.1, "peer": SAME_FUNCTION}
 # Of states after rounded projections, against float64.
 ALLOWED_STATE = 1e-2
@@ -104,6 +105,7 @@ class Plan:
     contexts: tuple[int, ...] = (8192, 32768)
     context_batches: tuple[int, ...] = (1, 8)
     checked_tokens: int = 8
+    cold: tuple[str, ...] = ("dynamic", "static")
     prefill: int = 32768
     prefill_chunk: int = 8192
     stream_chunk: int = 1024
@@ -118,7 +120,7 @@ SMOKE = Plan(
     model=TINY,
     small_model=TINY,
     dtype="float32",
-    batches=(1, 2),
+    batches=(2,),
     prompt=5,
     new_tokens=8,
     eager_tokens=6,
@@ -126,6 +128,7 @@ SMOKE = Plan(
     contexts=(24,),
     context_batches=(2,),
     checked_tokens=3,
+    cold=("dynamic",),
     prefill=48,
     prefill_chunk=16,
     stream_chunk=64,
@@ -238,8 +241,8 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**20 if self.clock.cuda else None
 
     def start_peak(self) -> None:
-        gc.collect()
         if self.clock.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -254,8 +257,8 @@ class Bench:
         # Out of memory, a compiler's failure, a wrong result.
         except Exception as error:
             row["failed"] = explain(error)
-        gc.collect()
         if self.clock.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -307,7 +310,7 @@ class Bench:
         graphs = counters["stats"]["unique_graphs"]
         whole, clock = self.generate(model, prepare, count)
         times = clock.times[self.plan.settling :]
-        distances = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+        distances = sorted(after - before for before, after in pairwise(times))
         row["ms"] = 1e3 * (times[-1] - times[0]) / len(distances)
         row["spread_ms"] = [1e3 * distances[len(distances) // 5], 1e3 * distances[-1 - len(distances) // 5]]
         row["tokens_per_second"] = 1e3 * case.batch / row["ms"]
@@ -374,7 +377,7 @@ class Bench:
         return self.wait() - began, output if options else clock
 
     def error(self, case: Case, model: PreTrainedModel, prepare: Callable[[], dict]) -> float | None:
-        """Of the logits of the first sequence, against one uncached pass; None where the cache holds random numbers."""
+        """Of the first sequence's logits, against one uncached pass; None where the cache holds random numbers."""
         if case.context and case.operator != "mesa":
             return None
         options = {"output_logits": True, "return_dict_in_generate": True}
@@ -418,8 +421,9 @@ class Bench:
                         row["error"] = relative_error(last, model(ids, logits_to_keep=1).logits[:, -1].double())
                     del cache, last
                     require("logits", row["error"], ALLOWED[operator])
-                row["peak_mib"] = self.clock.peak_mib(lambda: self.read(model, ids, chunk))
-                row |= self.clock.time(lambda: self.read(model, ids, chunk))
+                run = partial(self.read, model, ids, chunk)
+                row["peak_mib"] = self.clock.peak_mib(run)
+                row |= self.clock.time(run)
         self.models.clear()
         return rows
 
@@ -427,7 +431,7 @@ class Bench:
 
     def cold(self) -> list[dict]:
         rows = []
-        for cache in ("dynamic", "static"):
+        for cache in self.plan.cold:
             with self.row(operator="mesa", cache=cache) as row, tempfile.TemporaryDirectory() as folder:
                 rows.append(row)
                 self.clock.check_time(COMPILING)
