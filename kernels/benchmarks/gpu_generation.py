@@ -139,13 +139,19 @@ SMOKE = Plan(
 
 
 class Case(NamedTuple):
-    """A row of "steps": `mesa`, `llama` or `peer`, cache `static` or `dynamic`, sequences, tokens before (0: a prompt
-    of the plan's length)."""
+    """A row of "steps": `mesa`, `llama` or `peer`, cache `dynamic`, `static` or `static, fewer guards`, sequences, tokens
+    before (0: a prompt of the plan's length).
+
+    With fewer guards, a compiled step no longer checks at each call that no module of the model was changed.
+    """
 
     operator: str
     cache: str
     batch: int
     context: int
+
+
+FEWER_GUARDS = "static, fewer guards"
 
 
 def mesa_config(sizes: str | dict, **fields) -> MesaNetConfig:
@@ -274,7 +280,8 @@ class Bench:
         cases += [Case(operator, "dynamic", *each) for operator in self.operators() for each in near]
         cases += [Case("llama", "static", *each) for each in far]
         cases += [Case("llama", "dynamic", *each) for each in far]
-        return cases + [Case("mesa", "dynamic", *each) for each in far]
+        cases += [Case("mesa", "dynamic", *each) for each in far]
+        return cases + [Case(operator, FEWER_GUARDS, *each) for operator in ("mesa", "llama") for each in near]
 
     def operators(self) -> list[str]:
         return ["mesa", *(["peer"] if self.with_peer else []), "llama"]
@@ -291,19 +298,20 @@ class Bench:
     def measure_steps(self, case: Case, row: dict) -> None:
         """Fill `row` with warm-up seconds, error of the logits, and milliseconds a step."""
         # Llama's graph is one for each length of cache, ours for all.
-        compiled = (case.operator, case.batch, case.context if case.operator == "llama" else 0)
-        new = case.cache == "static" and compiled != self.compiled
+        compiled = (case.operator, case.cache, case.batch, case.context if case.operator == "llama" else 0)
+        static = case.cache != "dynamic"
+        new = static and compiled != self.compiled
         self.clock.check_time(COMPILING if new else TUNING if case.operator == "peer" and case.batch == 1 else 5)
         model = self.model(case.operator)
         if new:
             forget_compiled(model)
             self.compiled = compiled
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        count = self.plan.new_tokens if case.cache == "static" else self.plan.eager_tokens
+        count = self.plan.new_tokens if static else self.plan.eager_tokens
         prepare = self.prepare(case, model, count)
         counters.clear()
 
-        row["warmup_s"] = self.generate(model, prepare, count if case.cache == "static" else 4)[0]
+        row["warmup_s"] = self.generate(model, prepare, count if static else 4)[0]
         if (error := self.error(case, model, prepare)) is not None:
             row["error"] = error
             require("logits", error, ALLOWED[case.operator])
@@ -316,22 +324,28 @@ class Bench:
         row["tokens_per_second"] = 1e3 * case.batch / row["ms"]
         # Prefill, caches, and a CUDA graph recorded for new addresses.
         row["besides_s"] = whole - count * row["ms"] / 1e3
-        if case.cache == "static":
+        if static:
             if case.operator == "mesa" and not case.context:
-                self.vary(model, case.batch)
+                self.vary(case, model)
             row["recompiled"] = counters["stats"]["unique_graphs"] - graphs
             row["graph_breaks"] = sum(counters["graph_break"].values())
             row["without_cuda_graph"] = counters["inductor"]["cudagraph_skips"]
 
     def prepare(self, case: Case, model: PreTrainedModel, count: int) -> Callable[[], dict]:
         """A function that gives the arguments of `generate()`: prompt, mask, and a cache ready to go on from."""
-        static = case.cache == "static"
+        static = case.cache != "dynamic"
         length = case.context + 1 if case.context else self.plan.prompt
         ids = random_ids(model.config, case.batch, length, self.device)
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if static and self.device.type == "cpu":
-            arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
+        options = {}
+        if case.cache == FEWER_GUARDS:
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        if static and not self.clock.cuda:
+            arguments["compile_config"] = CompileConfig(backend="eager", mode=None, options=options)
             arguments["compile_config"]._compile_all_devices = True
+        elif options:
+            # Options leave no room for a mode; this one is what transformers' default mode consists of.
+            arguments["compile_config"] = CompileConfig(mode=None, options={"triton.cudagraphs": True} | options)
         if not case.context:
             return lambda: arguments | ({"cache_implementation": "static"} if static else {})
 
@@ -387,12 +401,11 @@ class Bench:
             expected = model(output.sequences[:1, :-1], use_cache=False).logits[:, -count:]
         return relative_error(torch.stack(output.logits, dim=1)[:1], expected.double())
 
-    def vary(self, model: PreTrainedModel, batch: int) -> None:
+    def vary(self, case: Case, model: PreTrainedModel) -> None:
         """Generate after another length and, in a batch, behind pads: none of it may compile anything anew."""
-        ids = random_ids(model.config, batch, self.plan.prompt + 3, self.device, seed=2)
+        ids = random_ids(model.config, case.batch, self.plan.prompt + 3, self.device, seed=2)
         mask = torch.ones_like(ids)
-        mask[0, : 2 if batch > 1 else 0] = 0
-        case = Case("mesa", "static", batch, 0)
+        mask[0, : 2 if case.batch > 1 else 0] = 0
         arguments = self.prepare(case, model, 4)() | {"input_ids": ids, "attention_mask": mask}
         self.generate(model, lambda: arguments, 4)
 
