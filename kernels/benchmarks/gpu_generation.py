@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -78,8 +79,8 @@ from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
 from modeling_mesanet.mesa import select_backend, short_convolution
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
 
-# Relative difference of logits, of bfloat16 models of random weights that compute in another order; wrong ones would be
-# off by their own size. The peer is only made sure to be called rightly.
+# Relative difference of logits, of bfloat16 models of random weights that compute in another order; wrong ones would
+# be off by their own size. The peer is only made sure to be called rightly.
 ALLOWED = {"mesa": 0.1, "llama": 0.1, "peer": SAME_FUNCTION}
 # Of states after rounded projections, against float64.
 ALLOWED_STATE = 1e-2
@@ -104,6 +105,7 @@ class Plan:
     contexts: tuple[int, ...] = (8192, 32768)
     context_batches: tuple[int, ...] = (1, 8)
     checked_tokens: int = 8
+    cold: tuple[str, ...] = ("dynamic", "static")
     prefill: int = 32768
     prefill_chunk: int = 8192
     stream_chunk: int = 1024
@@ -118,7 +120,7 @@ SMOKE = Plan(
     model=TINY,
     small_model=TINY,
     dtype="float32",
-    batches=(1, 2),
+    batches=(2,),
     prompt=5,
     new_tokens=8,
     eager_tokens=6,
@@ -126,6 +128,7 @@ SMOKE = Plan(
     contexts=(24,),
     context_batches=(2,),
     checked_tokens=3,
+    cold=("dynamic",),
     prefill=48,
     prefill_chunk=16,
     stream_chunk=64,
@@ -136,13 +139,19 @@ SMOKE = Plan(
 
 
 class Case(NamedTuple):
-    """A row of "steps": `mesa`, `llama` or `peer`, cache `static` or `dynamic`, sequences, tokens before (0: a prompt
-    of the plan's length)."""
+    """A row of "steps": `mesa`, `llama` or `peer`, cache `dynamic`, `static` or `static, fewer guards`, sequences, tokens
+    before (0: a prompt of the plan's length).
+
+    With fewer guards, a compiled step no longer checks at each call that no module of the model was changed.
+    """
 
     operator: str
     cache: str
     batch: int
     context: int
+
+
+FEWER_GUARDS = "static, fewer guards"
 
 
 def mesa_config(sizes: str | dict, **fields) -> MesaNetConfig:
@@ -238,8 +247,8 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**20 if self.clock.cuda else None
 
     def start_peak(self) -> None:
-        gc.collect()
         if self.clock.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -254,8 +263,8 @@ class Bench:
         # Out of memory, a compiler's failure, a wrong result.
         except Exception as error:
             row["failed"] = explain(error)
-        gc.collect()
         if self.clock.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -271,7 +280,8 @@ class Bench:
         cases += [Case(operator, "dynamic", *each) for operator in self.operators() for each in near]
         cases += [Case("llama", "static", *each) for each in far]
         cases += [Case("llama", "dynamic", *each) for each in far]
-        return cases + [Case("mesa", "dynamic", *each) for each in far]
+        cases += [Case("mesa", "dynamic", *each) for each in far]
+        return cases + [Case(operator, FEWER_GUARDS, *each) for operator in ("mesa", "llama") for each in near]
 
     def operators(self) -> list[str]:
         return ["mesa", *(["peer"] if self.with_peer else []), "llama"]
@@ -288,47 +298,54 @@ class Bench:
     def measure_steps(self, case: Case, row: dict) -> None:
         """Fill `row` with warm-up seconds, error of the logits, and milliseconds a step."""
         # Llama's graph is one for each length of cache, ours for all.
-        compiled = (case.operator, case.batch, case.context if case.operator == "llama" else 0)
-        new = case.cache == "static" and compiled != self.compiled
+        compiled = (case.operator, case.cache, case.batch, case.context if case.operator == "llama" else 0)
+        static = case.cache != "dynamic"
+        new = static and compiled != self.compiled
         self.clock.check_time(COMPILING if new else TUNING if case.operator == "peer" and case.batch == 1 else 5)
         model = self.model(case.operator)
         if new:
             forget_compiled(model)
             self.compiled = compiled
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        count = self.plan.new_tokens if case.cache == "static" else self.plan.eager_tokens
+        count = self.plan.new_tokens if static else self.plan.eager_tokens
         prepare = self.prepare(case, model, count)
         counters.clear()
 
-        row["warmup_s"] = self.generate(model, prepare, count if case.cache == "static" else 4)[0]
+        row["warmup_s"] = self.generate(model, prepare, count if static else 4)[0]
         if (error := self.error(case, model, prepare)) is not None:
             row["error"] = error
             require("logits", error, ALLOWED[case.operator])
         graphs = counters["stats"]["unique_graphs"]
         whole, clock = self.generate(model, prepare, count)
         times = clock.times[self.plan.settling :]
-        distances = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+        distances = sorted(after - before for before, after in pairwise(times))
         row["ms"] = 1e3 * (times[-1] - times[0]) / len(distances)
         row["spread_ms"] = [1e3 * distances[len(distances) // 5], 1e3 * distances[-1 - len(distances) // 5]]
         row["tokens_per_second"] = 1e3 * case.batch / row["ms"]
         # Prefill, caches, and a CUDA graph recorded for new addresses.
         row["besides_s"] = whole - count * row["ms"] / 1e3
-        if case.cache == "static":
+        if static:
             if case.operator == "mesa" and not case.context:
-                self.vary(model, case.batch)
+                self.vary(case, model)
             row["recompiled"] = counters["stats"]["unique_graphs"] - graphs
             row["graph_breaks"] = sum(counters["graph_break"].values())
             row["without_cuda_graph"] = counters["inductor"]["cudagraph_skips"]
 
     def prepare(self, case: Case, model: PreTrainedModel, count: int) -> Callable[[], dict]:
         """A function that gives the arguments of `generate()`: prompt, mask, and a cache ready to go on from."""
-        static = case.cache == "static"
+        static = case.cache != "dynamic"
         length = case.context + 1 if case.context else self.plan.prompt
         ids = random_ids(model.config, case.batch, length, self.device)
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if static and self.device.type == "cpu":
-            arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
+        options = {}
+        if case.cache == FEWER_GUARDS:
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        if static and not self.clock.cuda:
+            arguments["compile_config"] = CompileConfig(backend="eager", mode=None, options=options)
             arguments["compile_config"]._compile_all_devices = True
+        elif options:
+            # Options leave no room for a mode; this one is what transformers' default mode consists of.
+            arguments["compile_config"] = CompileConfig(mode=None, options={"triton.cudagraphs": True} | options)
         if not case.context:
             return lambda: arguments | ({"cache_implementation": "static"} if static else {})
 
@@ -374,7 +391,7 @@ class Bench:
         return self.wait() - began, output if options else clock
 
     def error(self, case: Case, model: PreTrainedModel, prepare: Callable[[], dict]) -> float | None:
-        """Of the logits of the first sequence, against one uncached pass; None where the cache holds random numbers."""
+        """Of the first sequence's logits, against one uncached pass; None where the cache holds random numbers."""
         if case.context and case.operator != "mesa":
             return None
         options = {"output_logits": True, "return_dict_in_generate": True}
@@ -384,12 +401,11 @@ class Bench:
             expected = model(output.sequences[:1, :-1], use_cache=False).logits[:, -count:]
         return relative_error(torch.stack(output.logits, dim=1)[:1], expected.double())
 
-    def vary(self, model: PreTrainedModel, batch: int) -> None:
+    def vary(self, case: Case, model: PreTrainedModel) -> None:
         """Generate after another length and, in a batch, behind pads: none of it may compile anything anew."""
-        ids = random_ids(model.config, batch, self.plan.prompt + 3, self.device, seed=2)
+        ids = random_ids(model.config, case.batch, self.plan.prompt + 3, self.device, seed=2)
         mask = torch.ones_like(ids)
-        mask[0, : 2 if batch > 1 else 0] = 0
-        case = Case("mesa", "static", batch, 0)
+        mask[0, : 2 if case.batch > 1 else 0] = 0
         arguments = self.prepare(case, model, 4)() | {"input_ids": ids, "attention_mask": mask}
         self.generate(model, lambda: arguments, 4)
 
@@ -418,8 +434,9 @@ class Bench:
                         row["error"] = relative_error(last, model(ids, logits_to_keep=1).logits[:, -1].double())
                     del cache, last
                     require("logits", row["error"], ALLOWED[operator])
-                row["peak_mib"] = self.clock.peak_mib(lambda: self.read(model, ids, chunk))
-                row |= self.clock.time(lambda: self.read(model, ids, chunk))
+                run = partial(self.read, model, ids, chunk)
+                row["peak_mib"] = self.clock.peak_mib(run)
+                row |= self.clock.time(run)
         self.models.clear()
         return rows
 
@@ -427,7 +444,7 @@ class Bench:
 
     def cold(self) -> list[dict]:
         rows = []
-        for cache in ("dynamic", "static"):
+        for cache in self.plan.cold:
             with self.row(operator="mesa", cache=cache) as row, tempfile.TemporaryDirectory() as folder:
                 rows.append(row)
                 self.clock.check_time(COMPILING)

@@ -53,8 +53,11 @@ def draw(results: dict, path: Path) -> None:
         if filled:
             axes.set_xscale("log", base=2)
             axes.legend(**below)
+            ticks = sorted({place for line in axes.get_lines() for place in line.get_xdata()})
+            axes.set_xticks(ticks, [f"{place // 1024}k" if place >= 1024 else str(place) for place in ticks])
+            axes.minorticks_off()
     if found:
-        steps.set_yscale("log")
+        steps.set_ylim(bottom=0)
     if found_memory:
         memory.set_ylim(bottom=0)
     temporary = path.with_suffix(".tmp")
