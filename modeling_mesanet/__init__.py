@@ -19,6 +19,14 @@ from .modeling_mesanet import (  # noqa: E402
     MesaNetModel,
     MesaNetPreTrainedModel,
 )
+from .state_mesanet import (  # noqa: E402
+    continue_from,
+    fork_state,
+    load_state,
+    merge_states,
+    save_state,
+    split_state,
+)
 
 try:
     __version__ = version("modeling-mesanet")
@@ -50,5 +58,11 @@ __all__ = [
     "MesaNetModel",
     "MesaNetPreTrainedModel",
     "bundled_checkpoint",
+    "continue_from",
+    "fork_state",
     "load_checkpoint",
+    "load_state",
+    "merge_states",
+    "save_state",
+    "split_state",
 ]

@@ -96,7 +96,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
     if model_type != MesaNetConfig.model_type:
@@ -108,7 +108,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         return MesaNetConfig.from_pretrained(folder)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json is not valid ({_one_line(error)}); correct that field."
+            f"{argument} is '{folder}', whose config.json is not valid ({one_line(error)}); correct that field."
         ) from error
 
 
@@ -135,7 +135,7 @@ def read_headers(folder: Path, *, argument: str = "path") -> dict[str, TensorHea
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{argument} is '{folder}', whose {file.name} is truncated or not a safetensors file "
-                f"({_one_line(error)}); download or save the checkpoint again."
+                f"({one_line(error)}); download or save the checkpoint again."
             ) from error
     return headers
 
@@ -208,7 +208,7 @@ def load_tokenizer(path: str | os.PathLike | None = None, *, argument: str = "pa
     # The tokenizers library reports a file that it cannot read as a bare Exception.
     except Exception as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose tokenizer cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose tokenizer cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
     if len(tokenizer) > config.vocab_size:
@@ -231,7 +231,7 @@ def _weight_files(folder: Path, argument: str) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose {index.name} cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose {index.name} cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
     return [folder / name for name in sorted(names)]
@@ -248,7 +248,7 @@ def _without_loading_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message of `error` as part of a sentence; of a nested message only the cause, which comes last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^\w+Error: |\.$", "", lines[-1]) if lines else type(error).__name__

@@ -542,7 +542,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         if exit_layer is not None and not 1 <= exit_layer < layers:
             # transformers would change the config first, fail, and leave it changed.
             raise ValueError(
-                f"assistant_early_exit is {exit_layer}; a model of {layers} layers drafts with 1 to {layers - 1} of them."
+                f"assistant_early_exit is {exit_layer}; a model of {layers} layers drafts with 1 to {layers - 1}."
             )
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length:
