@@ -2,12 +2,14 @@
 """Reading long texts: the tokens of the whole text, in constant memory."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from modeling_mesanet import bundled_checkpoint, prefill
@@ -56,17 +58,15 @@ def test_pieces_make_the_tokens_of_the_whole(tokenizer, words):
     assert streamed(tokenizer, text) == expected
 
 
-def test_a_tokenizer_that_marks_the_beginning_of_words():
-    """It would put a space before every piece, as before the text, if a piece did not come with what precedes it."""
-    vocabulary = {
-        token: index for index, token in enumerate(["<unk>", "▁", *"▁".join("abcd"), "▁a", "ab", "▁ab", "cd"])
-    }
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
-    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("c", "d")]
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    text = "ab cd abcd ba a ab  cab " * 12
+def test_a_tokenizer_that_puts_a_space_before_a_text():
+    """It would put one before every piece, too, if a piece did not come with what precedes it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = "ab,cd.ab!?abcd;ba " * 20
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer(".")["input_ids"] != tokenizer("a.")["input_ids"][-1:]
     assert leading_tokens(tokenizer) == []
     assert streamed(tokenizer, text) == tokenizer(text)["input_ids"]
 
@@ -109,3 +109,49 @@ def test_the_state_after_a_text(tiny_model, tokenizer, chunk_tokens):
 
 def test_an_empty_text_has_no_state(tiny_model, tokenizer):
     assert prefill.prefill(tiny_model(vocab_size=6144), tokenizer, io.StringIO("\n")) is None
+
+
+MEMORY = """
+import io, resource, sys
+import torch
+from transformers import AutoTokenizer, DynamicCache
+from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
+from modeling_mesanet.prefill import prefill
+
+class Endless(io.TextIOBase):
+    def __init__(self, characters):
+        self.left = characters
+    def read(self, size):
+        size = min(size, self.left)
+        self.left -= size
+        return ("the old captain looked at the sea, and was silent. " * (size // 50 + 1))[:size]
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(1)
+sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, value_head_dim=16)
+model = MesaNetForCausalLM(MesaNetConfig(vocab_size=6144, intermediate_size=64, **sizes)).eval()
+tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())
+peaks = []
+for characters in (60_000, 400_000):
+    state = prefill(model, tokenizer, Endless(characters), chunk_tokens=512)
+    peaks.append(peak())
+token = torch.ones(1, 1, dtype=torch.long)
+with torch.no_grad():
+    for tokens in (100, 1000):
+        for _ in range(tokens):
+            model(token, past_key_values=state)
+        peaks.append(peak())
+print(int(state.get_seq_length()), *peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_text():
+    """Peak memory of the whole process: seven times the text, and ten times the generated tokens."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    tokens, first, longer, some, more = map(int, run.stdout.split())
+    assert tokens > 80_000
+    assert longer < 1.01 * first
+    assert more < 1.01 * some
