@@ -21,6 +21,14 @@ from .modeling_mesanet import (  # noqa: E402
     MesaNetPreTrainedModel,
 )
 from .self_contained import self_contained, write_code  # noqa: E402
+from .state_mesanet import (  # noqa: E402
+    continue_from,
+    fork_state,
+    load_state,
+    merge_states,
+    save_state,
+    split_state,
+)
 
 try:
     __version__ = version("modeling-mesanet")
@@ -53,6 +61,12 @@ __all__ = [
     "MesaNetModel",
     "MesaNetPreTrainedModel",
     "bundled_checkpoint",
+    "continue_from",
+    "fork_state",
     "load_checkpoint",
+    "load_state",
+    "merge_states",
+    "save_state",
     "self_contained",
+    "split_state",
 ]

@@ -15,17 +15,19 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .loading import CheckpointError, find_checkpoint, load_checkpoint, load_tokenizer
 from .mesa import BackendError
+from .state_mesanet import StateError, continue_from, load_state, save_state
 
 DEFAULT_PROMPT = "It was a dark night"
 
@@ -58,7 +60,7 @@ def _exit_codes(context: typer.Context) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except (UserError, CheckpointError, BackendError) as error:
+    except (UserError, CheckpointError, StateError, BackendError) as error:
         if context.obj["debug"]:
             raise
         typer.echo(f"mesanet: error: {error}", err=True)
@@ -131,6 +133,13 @@ def generate(
             help="File with the text to continue (UTF-8; one newline at its end is dropped), - for standard input.",
         ),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="File written by `mesanet prefill`, to go on from; the text to continue then follows what was read "
+            "there, and is a new line where none is given."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     temperature: Annotated[
         float, typer.Option(min=0.0, callback=_temperature, help="Sampling temperature; 0 takes the likeliest token.")
@@ -152,7 +161,7 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give one of --prompt and --prompt-file, not both.", param_hint="--prompt-file")
     with _exit_codes(context):
-        text = _read_prompt(prompt, prompt_file)
+        text = "\n" if state and prompt is None and prompt_file is None else _read_prompt(prompt, prompt_file)
         where = _check_device(device)
         folder = find_checkpoint(model, argument="--model")
         tokenizer = load_tokenizer(folder, argument="--model")
@@ -165,7 +174,13 @@ def generate(
         # A name in the terminal's encoding that it lacks must not end the text.
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        _write_continuation(network, tokenizer, text, options, stream=stream, echo=echo)
+        if state is None:
+            inputs = tokenizer(text, return_tensors="pt").to(network.device)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        else:
+            cache = load_state(state, model=network, tokenizer=tokenizer, argument="--state")
+            inputs = continue_from(cache, tokenizer, text)
+        _write_continuation(network, tokenizer, inputs, options, stream=stream, echo=echo)
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -212,20 +227,18 @@ def _check_device(name: str) -> torch.device:
 def _write_continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    inputs: dict,
     options: dict,
     *,
     stream: bool,
     echo: bool,
 ) -> None:
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("--prompt holds nothing that the tokenizer knows; give other text.")
     streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True) if stream else None
     ids = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **inputs,
         generation_config=_generation_config(model, options),
         streamer=streamer,
     )
@@ -729,6 +742,77 @@ def synthetic(
                 plot=plot,
             )
         )
+
+
+@app.command()
+def prefill(
+    context: typer.Context,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Text to read, of any length (UTF-8; one newline at its end is dropped), - for standard input."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="State file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
+        ),
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at a time; memory grows with it.")] = 2048,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+) -> None:
+    """Read a text into a state file, in constant memory; `mesanet generate --state` goes on from it."""
+    from .prefill import prefill as read_text
+
+    with _exit_codes(context):
+        if output.is_dir() or not output.parent.is_dir():  # found out now, not after reading a long text
+            raise UserError(f"--output is '{output}', which is no file in a folder that exists; give one.")
+        where = _check_device(device)
+        folder = find_checkpoint(model, argument="--model")
+        tokenizer = load_tokenizer(folder, argument="--model")
+        with _open_text(file) as text:
+            network = load_checkpoint(folder, dtype=dtype.value, device=where, argument="--model")
+            size = os.fstat(text.fileno()).st_size if file != "-" else None
+            with _reading_bar() as bar:
+                task = bar.add_task("reading", total=size)
+                state = read_text(
+                    network,
+                    tokenizer,
+                    text,
+                    chunk_tokens=chunk_tokens,
+                    progress=lambda piece: bar.update(task, advance=len(piece.encode("utf-8"))),
+                )
+        if state is None:
+            raise UserError(f"FILE '{file}' holds no text; give at least one word.")
+        info = save_state(state, output, model=network, tokenizer=tokenizer, argument="--output")
+        typer.echo(f"{output}: the state after {info.tokens:,} tokens, {output.stat().st_size:,} bytes", err=True)
+
+
+@contextmanager
+def _open_text(file: str) -> Iterator[TextIO]:
+    try:
+        # Line ends stay as they are: they are tokens.
+        with open(
+            sys.stdin.fileno() if file == "-" else file, encoding="utf-8", newline="", closefd=file != "-"
+        ) as text:
+            yield text
+    except FileNotFoundError as error:
+        raise UserError(
+            f"FILE '{file}' does not exist; give the path of a text file, or - for standard input."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"FILE '{file}' is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"FILE '{file}' cannot be read ({error.strerror}); give the path of a text file.") from error
+
+
+def _reading_bar() -> Progress:
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal)
 
 
 def main() -> None:

@@ -24,7 +24,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .mesa import decode_layer, decodes_layer, gates, head_norm, mesa_attention, mesa_step, short_convolution
+from .mesa import (
+    PadOrder,
+    decode_layer,
+    decodes_layer,
+    gates,
+    head_norm,
+    mesa_attention,
+    mesa_step,
+    short_convolution,
+)
+from .rollback_mesanet import Consumed
 
 # At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
 # memories of about ten to a thousand tokens.
@@ -65,32 +75,6 @@ class MesaNetScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids) * self.embed_scale
-
-
-class PadOrder:
-    """Moves pads out of a convolution's sight.
-
-    The W - 1 remembered inputs of a convolution and the T new ones are reordered so that pads come first, then the
-    memory, then the real tokens: each real token then sees the real tokens before it, wherever pads stand.
-
-    Args:
-        mask: bool `[B, T]`, True for real tokens.
-        memory: W - 1, the number of remembered inputs.
-    """
-
-    def __init__(self, mask: torch.Tensor, memory: int):
-        extended = F.pad(mask, (memory, 0), value=True)
-        self.sorted = extended.int().argsort(dim=1, stable=True)
-        # Where each new token's output lies; a pad's may fall before the first output and reads any.
-        self.restored = (self.sorted.argsort(dim=1)[:, memory:] - memory).clamp_min(0)
-
-    def sort(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, channels, W - 1 + T]` into the order pads, memory, tokens."""
-        return x.gather(2, self.sorted.unsqueeze(1).expand_as(x))
-
-    def restore(self, y: torch.Tensor) -> torch.Tensor:
-        """Outputs `[B, channels, T]` back into the order of the tokens."""
-        return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
 
 
 class MesaNetShortConvolution(nn.Conv1d):
@@ -206,11 +190,13 @@ class MesaNetMixer(nn.Module):
             "max_steps": config.cg_max_steps_training if self.training else config.cg_max_steps,
             "tolerance": config.cg_tolerance_training if self.training else config.cg_tolerance,
         }
+        recording = cache is not None and cache.record_past
         in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
         if in_place:
             cache.make_writable()
         state = None if cache is None else cache.recurrent_state()
-        if in_place and state is not None and self.decodes_in_one_launch(hidden_states):
+        # One launch would keep to itself what taking the token back needs.
+        if in_place and state is not None and not recording and self.decodes_in_one_launch(hidden_states):
             o = self.decode(hidden_states, q, k, v, attention_mask, cache, state, solver)
             return self.o_proj(o)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
@@ -218,6 +204,7 @@ class MesaNetMixer(nn.Module):
         def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
             return convolution(x, None if cache is None else cache.conv_state(slot), pads, cu_seqlens)
 
+        conv_inputs = [q, k] if self.v_conv is None else [q, k, v]
         q, q_state = convolve(self.q_conv, q, CONV_Q)
         k, k_state = convolve(self.k_conv, k, CONV_K)
         conv_states = [q_state, k_state]
@@ -228,7 +215,11 @@ class MesaNetMixer(nn.Module):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             beta, log_gamma = self.gates(hidden_states, attention_mask)
             lam = self.regularizer()
-        arguments = (*(x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v)), log_gamma, beta, lam)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        if recording:  # before the states change
+            consumed = Consumed(conv_inputs, k, v, log_gamma, beta, attention_mask)
+            cache.record(consumed, config.conv_kernel_size - 1, config.kernel_backend)
+        arguments = (q, k, v, log_gamma, beta, lam)
         if in_place and state is not None:
             output = mesa_step(*arguments, state, **solver, backend=config.kernel_backend)
         else:
@@ -355,8 +346,8 @@ class MesaNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MesaNetDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
-    # Decoding methods that take tokens back would need the state before them: transformers refuses them.
-    _is_stateful = True
+    # The cache can take drafted tokens back, so transformers need not refuse decoding methods that draft.
+    _is_stateful = False
     _keep_in_fp32_modules_strict = ["beta_bias", "gamma_bias", "lambda_param"]
     # No layer computes attention weights: `output_attentions` gives an empty tuple.
     _can_record_outputs = {"hidden_states": MesaNetDecoderLayer, "attentions": []}
@@ -524,9 +515,14 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         return inputs, name, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            upgrade_cache(model_kwargs["past_key_values"], self.config)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if cache is not given:
+                # While a model drafts with its first layers, transformers 5.17 makes a cache for all of them.
+                del cache.layers[self.config.num_hidden_layers :]
+            upgrade_cache(cache, self.config)
         return result
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -543,16 +539,54 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        generation_config = kwargs["generation_config"]
+        exit_layer, layers = generation_config.assistant_early_exit, self.config.num_hidden_layers
+        if exit_layer is not None and not 1 <= exit_layer < layers:
+            # transformers would change the config first, fail, and leave it changed.
+            raise ValueError(
+                f"assistant_early_exit is {exit_layer}; a model of {layers} layers drafts with 1 to {layers - 1}."
+            )
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length:
+            # transformers' loop was written for a cache that is empty. It cuts the mask to the length of input_ids,
+            # which are all tokens or the new ones: here they keep a mask, by which `prepare_inputs_for_generation`
+            # knows all tokens, or do without.
+            length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if length <= input_ids.shape[1]:
+                check_new_tokens(input_ids.shape[1] - past_length)
+                kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+            elif mask is not None and not mask[:, -input_ids.shape[1] :].all():
+                raise ValueError(
+                    "attention_mask marks pads among new tokens that continue past_key_values; leave the pads out, "
+                    "since decoding with drafted tokens takes one sequence at a time."
+                )
+            else:
+                kwargs.pop("attention_mask", None)
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            # transformers switches this on and leaves it: the user's cache would go on recording.
+            if cache is not None:
+                for layer in cache.layers:
+                    layer.stop_recording()
+
     # `generate` takes inputs_embeds only from models that name the argument here.
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         past_key_values = kwargs.get("past_key_values")
-        # In this order: reading the cache's length waits for the device, which only a prompt may do.
-        nothing_new = next_sequence_length is not None and next_sequence_length <= 0
-        if nothing_new and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                f"input_ids ends {-int(next_sequence_length)} tokens before the end of what past_key_values already "
-                "holds; pass all tokens, the cached ones included, or the new ones with an attention_mask over all."
-            )
+        # The cache's length is read only where it matters, not at a step of stock decoding: that waits for the device.
+        if next_sequence_length is None:
+            mask = kwargs.get("attention_mask")
+            length = 0
+            if past_key_values is not None and mask is not None and mask.shape == input_ids.shape:
+                length = int(past_key_values.get_seq_length())
+            if length > 0:
+                # All tokens, from decoding with drafted ones, which leaves it to the model to drop those in the cache.
+                next_sequence_length = input_ids.shape[1] - length
+                check_new_tokens(next_sequence_length)
+        elif next_sequence_length <= 0 and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            check_new_tokens(int(next_sequence_length))
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -593,6 +627,19 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     # Reading values waits for the device and cannot be traced.
     if inputs_embeds is not None and not torch.compiler.is_compiling() and not inputs_embeds.isfinite().all():
         raise ValueError("inputs_embeds contains NaN or infinite values; they would spoil the recurrent state.")
+
+
+def check_new_tokens(new: int) -> None:
+    """Refuse a prompt of which `new` tokens go beyond the cache, unless that is at least one.
+
+    Raises:
+        ValueError: as above.
+    """
+    if new <= 0:
+        raise ValueError(
+            f"input_ids ends {-new} tokens before the end of what past_key_values already holds; pass all tokens, the "
+            "cached ones included, or the new ones with an attention_mask over all."
+        )
 
 
 def local_mask(

@@ -14,8 +14,6 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
@@ -374,18 +372,6 @@ def test_a_cache_without_a_config_is_refused(model):
     with pytest.raises(ValueError, match=r"made without a config; pass DynamicCache\(config=model.config\)"):
         model.generate(random_ids(1, 5), past_key_values=cache, **GREEDY)
     assert not cache.layers
-
-
-def test_decoding_that_takes_tokens_back_is_refused(model):
-    input_ids = random_ids(1, 9)
-    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="stateful models"):
-            model.generate(input_ids, **options, **GREEDY)
-    llama = LlamaConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        LlamaForCausalLM(llama).eval().generate(input_ids, assistant_model=model, **GREEDY)
 
 
 def test_paged_and_quantized_caches_are_refused(model):

@@ -846,7 +846,9 @@ def test_gradient_checkpointing_drops_a_cache_instead_of_updating_it_twice(tiny_
 def test_class_attributes_that_transformers_reads():
     assert MesaNetPreTrainedModel.base_model_prefix == "model"
     assert MesaNetPreTrainedModel.supports_gradient_checkpointing
-    assert MesaNetPreTrainedModel._is_stateful, "without rollback, speculative decoding must stay refused"
+    assert not MesaNetPreTrainedModel._is_stateful, (
+        "the cache takes tokens back: decoding with drafts need not be refused"
+    )
     assert MesaNetPreTrainedModel._no_split_modules == ["MesaNetDecoderLayer"]
     assert MesaNetPreTrainedModel._skip_keys_device_placement == ["past_key_values"]
     assert MesaNetPreTrainedModel._can_compile_fullgraph

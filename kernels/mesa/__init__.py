@@ -2,7 +2,7 @@
 """The Mesa layer's operators: `mesa_attention` (sequences), `mesa_step` (one token), `mesa_reference` (the oracle)."""
 
 from .mesa_dispatch import BackendError, requested_backend, select_backend
-from .mesa_layers import decode_layer, decodes_layer, gates, head_norm, short_convolution
+from .mesa_layers import PadOrder, decode_layer, decodes_layer, gates, head_norm, short_convolution
 from .mesa_operator import (
     MesaOutput,
     MesaState,
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "MesaOutput",
     "MesaState",
+    "PadOrder",
     "SolverStats",
     "check_solver",
     "decode_layer",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the Mesa operator in a layer: short convolutions, norms of heads and gates.
+"""What surrounds the Mesa operator in a layer: short convolutions (and their pads), norms of heads and gates.
 
 The torch code is the specification and runs anywhere. On a GPU, the operators of `mesa_triton_layers` do the same in
 one launch each. Importing this does not import triton.
@@ -120,6 +120,32 @@ def short_convolution(
             y = F.conv1d(inputs, weight.unsqueeze(1), groups=channels)
         state = inputs[..., -memory:]
     return F.silu(y).transpose(1, 2), state
+
+
+class PadOrder:
+    """Moves pads out of a convolution's sight.
+
+    The W - 1 remembered inputs of a convolution and the T new ones are reordered so that pads come first, then the
+    memory, then the real tokens: each real token then sees the real tokens before it, wherever pads stand.
+
+    Args:
+        mask: bool `[B, T]`, True for real tokens.
+        memory: W - 1, the number of remembered inputs.
+    """
+
+    def __init__(self, mask: torch.Tensor, memory: int):
+        extended = F.pad(mask, (memory, 0), value=True)
+        self.sorted = extended.int().argsort(dim=1, stable=True)
+        # Where each new token's output lies; a pad's may fall before the first output and reads any.
+        self.restored = (self.sorted.argsort(dim=1)[:, memory:] - memory).clamp_min(0)
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, channels, W - 1 + T]` into the order pads, memory, tokens."""
+        return x.gather(2, self.sorted.unsqueeze(1).expand_as(x))
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """Outputs `[B, channels, T]` back into the order of the tokens."""
+        return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
 
 
 def head_norm(
