@@ -491,18 +491,19 @@ def test_autocast_leaves_the_gates_of_a_fused_step_in_float32(tiny_model, monkey
     model = tiny_model()
     seen = []
 
-    def decode_layer(q, k, v, beta_logit, gamma_logit, *rest):
+    def decode_layer(q, k, v, beta_logit, gamma_logit, *rest, output_stats):
         seen.append((beta_logit, gamma_logit))
-        return torch.zeros_like(v)
+        return torch.zeros_like(v), None, None
 
     monkeypatch.setattr(modeling_mesanet, "decodes_layer", lambda *arguments: True)
     monkeypatch.setattr(modeling_mesanet, "decode_layer", decode_layer)
     mixer, hidden = model.model.layers[0].mixer, torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    solver = modeling_mesanet.Solver(max_steps=4, tolerance=None, output_stats=False)
     with torch.no_grad():
         cache = model(random_ids(2, 5), use_cache=True).past_key_values
-        mixer(hidden, past_key_values=cache)
+        mixer(hidden, past_key_values=cache, solver=solver)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixer(hidden, past_key_values=cache)
+            mixer(hidden, past_key_values=cache, solver=solver)
     for expected, actual in zip(*seen, strict=True):
         assert torch.equal(expected, actual)
 
