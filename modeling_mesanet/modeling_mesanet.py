@@ -646,9 +646,9 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         Args:
             args, kwargs: those of `GenerationMixin.generate`; further `cg_tolerance` and `cg_max_steps`, as in
                 `MesaNetModel.forward`.
-            output_solver_stats: with `return_dict_in_generate=True`, add `solver_stats` to the output: for each forward
-                pass (the prompt, then each token but the last), as in `hidden_states`, what the forward pass returns,
-                so for each layer steps and residuals. A prompt is then not read in chunks.
+            output_solver_stats: with `return_dict_in_generate=True`, add `solver_stats` to the output: what each
+                forward pass returns (of the prompt, then of each token but the last), as in `hidden_states`. A prompt
+                is then not read in chunks.
 
         Raises:
             ValueError: a limit is out of range, or statistics are asked for without `return_dict_in_generate=True`.
@@ -659,7 +659,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         if not kwargs.get("return_dict_in_generate", settings.return_dict_in_generate):
             raise ValueError(
-                "output_solver_stats is True, but generate() returns tokens alone; pass return_dict_in_generate=True too."
+                "output_solver_stats is True, but generate() returns tokens alone; pass return_dict_in_generate=True."
             )
         record = []
         output = super().generate(*args, output_solver_stats=True, solver_record=record, **kwargs)
