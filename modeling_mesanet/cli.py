@@ -365,6 +365,22 @@ def _print_checks(report: dict) -> None:
     console.print(f"verdict: {report['verdict']}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id; goes before the options.")],
+) -> None:
+    """Serve a checkpoint over HTTP with transformers' server, which takes all options that follow PATH."""
+    from .serving import ServingError
+    from .serving import serve as run_server
+
+    with _exit_codes(context):
+        try:
+            run_server(find_checkpoint(path, argument="PATH"), context.args)
+        except ServingError as error:
+            raise UserError(str(error)) from error
+
+
 def _console() -> Console:
     # Without a terminal rich assumes 80 columns and would break paths in two.
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000)

@@ -685,7 +685,27 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
         return inputs, name, model_kwargs
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the entrance of `generate_batch` and of the server's continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch and continuous batching keep keys and values in pages, which a recurrent state has not; "
+            "use generate() with a padded batch (and the server without --continuous-batching)."
+        )
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused, as `init_continuous_batching`."""
+        self.init_continuous_batching()
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation in ("quantized", "paged"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}, which stores keys and values; a "
+                "recurrent state has none and stays small, so leave it out or use 'static'."
+            )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             upgrade_cache(model_kwargs["past_key_values"], self.config)
