@@ -57,10 +57,10 @@ def plot_solver_steps(stats: Sequence, path: str | os.PathLike | None = None) ->
         times = torch.nn.functional.adaptive_avg_pool1d(times.unsqueeze(0), _MOST_COLUMNS).squeeze(0)
     highest = max(heads.max().item(), times.max().item(), 1.0)
     scale = {"vmin": 0.0, "vmax": highest, "aspect": "auto", "interpolation": "nearest"}
-    by_head.imshow(heads, **scale)
+    by_head.imshow(heads.numpy(), **scale)
     by_head.set(xlabel="head", ylabel="layer", title="steps a token")
     by_head.set_xticks(range(heads.shape[1]))
-    picture = over_time.imshow(times, extent=(0, length, len(steps) - 0.5, -0.5), **scale)
+    picture = over_time.imshow(times.numpy(), extent=(0, length, len(steps) - 0.5, -0.5), **scale)
     over_time.set(xlabel="token", title="over time, mean of the heads")
     for axes in (by_head, over_time):
         axes.set_yticks(range(len(steps)))
@@ -142,7 +142,10 @@ def _steps_by_layer(stats: Any) -> list[torch.Tensor]:
     if not stats:
         raise ValueError("stats holds nothing; pass the solver_stats of a call with output_solver_stats=True.")
     passes = [stats] if isinstance(stats[0], SolverStats) else list(stats)
-    if not all(passes) or not all(isinstance(layer, SolverStats) for layers in passes for layer in layers):
+    if not all(
+        isinstance(layers, tuple | list) and layers and all(isinstance(layer, SolverStats) for layer in layers)
+        for layers in passes
+    ):
         raise ValueError(
             f"stats is a {type(stats).__name__} of {type(stats[0]).__name__}; pass solver_stats of a model's output."
         )
