@@ -2,8 +2,8 @@
 """The command line, `mesanet`.
 
 Standard output carries the answer and nothing else; messages go to standard error. Exit codes: 0 done, 1 a mistake
-that one sentence explains (or, from `doctor`, something broken), 2 wrong usage, 130 interrupted, 141 the reader of
-standard output went away.
+that one sentence explains (or, from `doctor` and `check`, something broken), 2 wrong usage, 130 interrupted, 141 the
+reader of standard output went away.
 """
 
 import json
@@ -415,6 +415,59 @@ def _print_conversion(report) -> None:
         about.add_row("left out", f"{len(report.left_out)} tensors: {', '.join(report.left_out[:3])} ...")
     about.add_row("compared", report.compared)
     console.print(about)
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    path: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Prove that batches, pads, packing, caches and backends change no result of a checkpoint; else exit code 1."""
+    from .check import check as run_checks
+
+    with _exit_codes(context):
+        report = run_checks(path, _check_device(device), argument="PATH")
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            _print_checks(report)
+    if report["verdict"] == "fail":
+        raise typer.Exit(1)
+
+
+def _print_checks(report: dict) -> None:
+    console = _console()
+    table = _table(f"{report['path']} on {report['device']}, {report['backend']}, {report['dtype']}")
+    table.show_header = True
+    for title in ("error", "at most", ""):
+        table.add_column(title, no_wrap=True)
+    table.columns[0].header, table.columns[1].header = "check", "result"
+    for entry in report["checks"]:
+        numbers = ("" if number is None else f"{number:.1e}" for number in (entry["error"], entry["bound"]))
+        table.add_row(entry["name"], entry["status"].upper(), *numbers, entry["reason"] or "")
+    console.print(table)
+    console.print(f"verdict: {report['verdict']}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id; goes before the options.")],
+) -> None:
+    """Serve a checkpoint over HTTP with transformers' server, which takes all options that follow PATH."""
+    from .serving import ServingError
+    from .serving import serve as run_server
+
+    with _exit_codes(context):
+        try:
+            run_server(find_checkpoint(path, argument="PATH"), context.args)
+        except ServingError as error:
+            raise UserError(str(error)) from error
 
 
 def _console() -> Console:

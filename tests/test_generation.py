@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     StaticCache,
 )
+from transformers.integrations import executorch
 
 from modeling_mesanet import MesaNetForCausalLM
 from modeling_mesanet.cache_mesanet import MesaNetCacheLayer
@@ -318,6 +319,20 @@ def test_generate_compiles_its_step_once(model, dynamo):
     assert not dynamo["graph_break"]
 
 
+@torch.no_grad()
+def test_solver_arguments_in_a_full_graph(model, dynamo):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    input_ids = random_ids(2, 9)
+    for limits in ({"cg_tolerance": 1e-1}, {"cg_tolerance": 1e-3}, {"cg_tolerance": None, "cg_max_steps": 4}):
+        actual = compiled(input_ids, output_solver_stats=True, **limits)
+        expected = model(input_ids, output_solver_stats=True, **limits)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        assert all(
+            torch.equal(a.steps, b.steps) for a, b in zip(actual.solver_stats, expected.solver_stats, strict=True)
+        )
+    assert not dynamo["graph_break"]
+
+
 def test_training_and_prefill_compile_in_one_graph(tiny_model, dynamo):
     model = tiny_model(dtype=torch.float64).train()
     input_ids, mask = random_ids(2, 11), torch.ones(2, 11).bool()
@@ -375,10 +390,107 @@ def test_a_cache_without_a_config_is_refused(model):
 
 
 def test_paged_and_quantized_caches_are_refused(model):
-    with pytest.raises(ValueError, match="linear_attention"):
+    with pytest.raises(ValueError, match=r"cache_implementation is 'quantized', which .* leave it out"):
         model.generate(random_ids(1, 5), cache_implementation="quantized", **GREEDY)
-    with pytest.raises(ValueError, match="linear_attention"):
-        model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+    settings = GenerationConfig(max_new_tokens=2, eos_token_id=-1)
+    for refused in (
+        lambda: model.generate_batch([[1, 2, 3]], generation_config=settings),
+        lambda: model.init_continuous_batching(generation_config=settings),
+        lambda: model.continuous_batching_context_manager(generation_config=settings).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"which a recurrent state has not; use generate\(\) with a padded batch"):
+            refused()
+
+
+def test_what_transformers_itself_refuses(model):
+    """Nothing of the model runs before these end, so the sentences are transformers'."""
+    if hasattr(type(model), "supports_context_parallel"):  # newer than the oldest transformers
+        assert not model.supports_context_parallel
+    with pytest.raises(RuntimeError, match="should be applied to DynamicCache containing only"):
+        executorch.export_with_dynamic_cache(model, random_ids(1, 5), torch.ones(1, 5).long())
+    exported = copy.deepcopy(model)
+    exported.generation_config = GenerationConfig(cache_implementation="static", use_cache=True)
+    with pytest.raises(AttributeError, match="'LinearAttentionLayer' object has no attribute"):
+        executorch.TorchExportableModuleForDecoderOnlyLM(exported, batch_size=1, max_cache_len=16)
+
+
+# ------------------------------------------------------------------------------------------------- solver
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_solver_statistics_of_every_token(model, options):
+    arguments = {"output_solver_stats": True, "return_dict_in_generate": True, **GREEDY, **options}
+    output = model.generate(random_ids(2, 5), cg_tolerance=1e-3, **arguments)
+    widths = [5, *([1] * (NEW - 1))] if "use_cache" not in options else range(5, 5 + NEW)
+    assert [[layer.steps.shape for layer in passed] for passed in output.solver_stats] == [
+        [(2, width, 2)] * 2 for width in widths
+    ]
+    whole = model(output.sequences[:, :-1], cg_tolerance=1e-3, output_solver_stats=True).solver_stats
+    for layer in range(2):
+        for index in range(2):  # steps, residual
+            last = [passed[layer][index][:, -1] for passed in output.solver_stats]
+            torch.testing.assert_close(torch.stack(last, dim=1), whole[layer][index][:, 4:], rtol=1e-6, atol=1e-9)
+    assert max(layer.residual.max() for layer in whole) <= 1e-3
+    # Each way to read a prompt tells of all of it.
+    chunked = (
+        model.generate(random_ids(2, 5), cg_tolerance=1e-3, prefill_chunk_size=2, **arguments)
+        if not options
+        else output
+    )
+    assert chunked.solver_stats[0][0].steps.shape == (2, 5, 2)
+
+
+def test_solver_limits_of_generate_and_of_a_block(model):
+    def steps(**options) -> int:
+        arguments = {"output_solver_stats": True, "return_dict_in_generate": True, **GREEDY, **options}
+        stats = model.generate(random_ids(1, 5), **arguments).solver_stats
+        return max(int(layer.steps.max()) for passed in stats for layer in passed)
+
+    free = steps()
+    assert free > 6
+    assert steps(cg_max_steps=3) == 3
+    assert steps(cg_tolerance=1e-1) < steps(cg_tolerance=1e-4) < free
+    with model.solver(cg_max_steps=5):
+        assert steps() == 5
+        assert steps(cg_max_steps=2) == 2, "what a call says comes first"
+        with model.solver(cg_tolerance=0.5):
+            assert steps() < 5
+        assert steps() == 5
+    assert steps() == free
+
+
+def test_solver_limits_reach_beams_and_samples(model):
+    options = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
+    assert torch.equal(
+        model.generate(random_ids(2, 9), cg_max_steps=0, **options),
+        model.generate(random_ids(2, 9), cg_max_steps=0, use_cache=False, **options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cg_tolerance": 2}, "cg_tolerance is 2; it must lie between 0 and 1"),
+        ({"cg_tolerance": "tight"}, "cg_tolerance is 'tight'; it must lie between 0 and 1"),
+        ({"cg_tolerance": float("nan")}, "cg_tolerance is nan; it must lie between 0 and 1"),
+        ({"cg_max_steps": -1}, "cg_max_steps is -1; it must be a whole number of at least 0"),
+        ({"cg_max_steps": None}, "cg_max_steps is None; it must be a whole number of at least 0"),
+        ({"output_solver_stats": True}, "output_solver_stats is True, .* pass return_dict_in_generate=True"),
+    ],
+)
+def test_bad_solver_arguments_get_one_clear_sentence(model, arguments, message):
+    with torch.no_grad():
+        cache = model(random_ids(1, 4), use_cache=True).past_key_values
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message) as caught:
+        model.generate(random_ids(1, 5), past_key_values=cache, **arguments, **GREEDY)
+    assert "\n" not in str(caught.value)
+    if "output_solver_stats" not in arguments:
+        with pytest.raises(ValueError, match=message):
+            model(random_ids(1, 5), past_key_values=cache, **arguments)
+        with pytest.raises(ValueError, match=message), model.solver(**arguments):
+            pass
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- odds and ends

@@ -53,13 +53,15 @@ def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torc
     return LAUNCHES[name](*arguments)
 
 
-def decode_layer(*arguments) -> torch.Tensor:
-    """`mesa_triton_decode.triton_decode_layer` without statistics: one token, up to the output projection."""
+def decode_layer(
+    *arguments, output_stats: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`mesa_triton_decode.triton_decode_layer`: one token, up to the output projection; its steps and residual."""
     if torch.compiler.is_compiling():
-        return OPERATORS.triton_decode_layer(*arguments)[0]
+        return OPERATORS.triton_decode_layer(*arguments)
     from .mesa_triton_decode import triton_decode_layer
 
-    return triton_decode_layer(*arguments, output_stats=False)[0]
+    return triton_decode_layer(*arguments, output_stats=output_stats)
 
 
 @torch.compiler.assume_constant_result
