@@ -72,20 +72,6 @@ def mixers(model: PreTrainedModel) -> list[modeling.MesaNetMixer]:
     return [module for module in model.modules() if isinstance(module, modeling.MesaNetMixer)]
 
 
-@contextmanager
-def solver_setting(model: PreTrainedModel, setting: Setting) -> Iterator[None]:
-    """Run `model` (in evaluation mode) with another setting of the solver."""
-    configs = {id(mixer.config): mixer.config for mixer in mixers(model)}.values()
-    before = [(config, config.cg_max_steps, config.cg_tolerance) for config in configs]
-    try:
-        for config in configs:
-            config.cg_max_steps, config.cg_tolerance = setting.max_steps, setting.tolerance
-        yield
-    finally:
-        for config, max_steps, tolerance in before:
-            config.cg_max_steps, config.cg_tolerance = max_steps, tolerance
-
-
 class SolverCall(NamedTuple):
     """What one layer did with a piece of text: `start` is the position of its first token; `log_gamma` and `beta`
     `[B, T, H]`, `lam` `[H, K]`, `state` after the last token (None without a cache).
@@ -216,7 +202,11 @@ def measure(
         if diagnosis is not None:
             diagnosis.add(call)
 
-    with progress_bar() as bar, solver_setting(model, setting), recorded_solver(model, record):
+    with (
+        progress_bar() as bar,
+        model.solver(cg_max_steps=setting.max_steps, cg_tolerance=setting.tolerance),
+        recorded_solver(model, record),
+    ):
         task = bar.add_task(label, total=len(windows) * length)
         losses = [
             values for _, values in iterate_losses(model, windows, advance=lambda n: bar.advance(task, n), **options)
@@ -245,7 +235,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    with solver_setting(loaded.model, setting):
+    with loaded.model.solver(cg_max_steps=setting.max_steps, cg_tolerance=setting.tolerance):
         results = simple_evaluate(
             wrapped, tasks=tasks, limit=limit, task_manager=task_manager(), log_samples=False, bootstrap_iters=0
         )

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import make_model
 from transformers import DynamicCache, StaticCache
 
 from modeling_mesanet import MesaNetForCausalLM

@@ -16,7 +16,7 @@ from eval_inputs import SENTENCE, save_checkpoint
 
 from modeling_mesanet import modeling_mesanet as modeling
 from modeling_mesanet.eval import compute_sweep
-from modeling_mesanet.eval.compute_sweep import Setting, mixers, recorded_solver, solver_setting
+from modeling_mesanet.eval.compute_sweep import mixers, recorded_solver
 from modeling_mesanet.eval.results import read_named_documents
 
 LENGTH, CHUNK = 24, 8
@@ -72,7 +72,7 @@ def test_figures_are_those_of_direct_computation(mesanet, solver_checkpoint, mod
     assert {name: (entry["max_steps"], entry["tolerance"]) for name, entry in sweep.items()} == settings
     expected = {}
     for name, (max_steps, tolerance) in settings.items():
-        with solver_setting(model, Setting(name, max_steps, tolerance)):
+        with model.solver(cg_max_steps=max_steps, cg_tolerance=tolerance):
             expected[name] = losses(model, windows)
         assert sweep[name]["nll"] == pytest.approx(expected[name].mean(), abs=1e-4)
         assert name in printed
@@ -171,7 +171,7 @@ def test_the_model_is_left_as_it_was(model, windows):
 
     with (
         pytest.raises(RuntimeError, match="stop"),
-        solver_setting(model, Setting("x", 3, None)),
+        model.solver(cg_max_steps=3, cg_tolerance=None),
         recorded_solver(model, fail),
     ):
         model(windows[:, :-1])
@@ -244,7 +244,7 @@ def test_tasks_are_run_with_every_setting(mesanet, solver_checkpoint, model, tex
     tokenizer = AutoTokenizer.from_pretrained(solver_checkpoint)
     for entry in read(tmp_path / "out")["sweep"]:
         nats = size = 0
-        with solver_setting(model, Setting(entry["name"], entry["max_steps"], entry["tolerance"])):
+        with model.solver(cg_max_steps=entry["max_steps"], cg_tolerance=entry["tolerance"]):
             for text in (SENTENCE[:20], SENTENCE[:40]):
                 ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
                 nats, size = nats + losses(model, ids).sum(), size + len(text)
