@@ -139,8 +139,8 @@ SMOKE = Plan(
 
 
 class Case(NamedTuple):
-    """A row of "steps": `mesa`, `llama` or `peer`, cache `dynamic`, `static` or `static, fewer guards`, sequences, tokens
-    before (0: a prompt of the plan's length).
+    """A row of "steps": `mesa`, `llama` or `peer`; cache `dynamic`, `static` or `static, fewer guards`; sequences; and
+    tokens before (0: a prompt of the plan's length).
 
     With fewer guards, a compiled step no longer checks at each call that no module of the model was changed.
     """
