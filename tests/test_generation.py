@@ -394,14 +394,18 @@ class DeviceReads(TorchDispatchMode):
 def test_a_step_reads_nothing_from_the_device_but_whether_to_stop(model, monkeypatch, static):
     # The torch path stops its solver early by such a read; the kernel of a GPU does that by itself.
     monkeypatch.setattr(mesa_solver, "any_active", lambda *arguments: True)
-    # Of a cache on a CPU, the length is read for every mask.
-    monkeypatch.setattr(modeling_mesanet, "cached_length", lambda cache: None)
+    # As on an accelerator.
+    monkeypatch.setattr(modeling_mesanet, "stays_unread", lambda length, device: length == 1)
+    input_ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
+    mask[0, :3] = 0
+    expected = greedy(model, input_ids[:1, 3:])[0][0, 6:]
     options = {"cache_implementation": "static"} if static else {}
     reads = []
     for new in (4, 12):
         with DeviceReads() as counted:
-            model.generate(random_ids(2, 9), max_new_tokens=new, do_sample=False, **options)
+            tokens = model.generate(input_ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
         reads.append(counted.count)
+        assert torch.equal(tokens[0, 9 : 9 + NEW], expected[:new])
     assert reads[1] - reads[0] == 8, "one a token: transformers' own"
 
 
