@@ -859,13 +859,18 @@ def local_mask(
         attention_mask = attention_mask["linear_attention"]
     if attention_mask is None:
         return None
-    tracing = torch.compiler.is_compiling()
-    # A counter read into a graph would be a new constant at every token; read from an accelerator, each would wait.
-    unread = tracing or (length == 1 and attention_mask.device.type != "cpu")
+    unread = stays_unread(length, attention_mask.device)
     past_length = None if unread else 0 if past_key_values is None else cached_length(past_key_values)
     check_mask(attention_mask, batch, length, past_length)
     mask = attention_mask[:, -length:].bool()
-    return None if not tracing and mask.all() else mask
+    return mask if unread or not mask.all() else None
+
+
+def stays_unread(length: int, device: torch.device) -> bool:
+    """Whether values of mask and counter are not to be looked at: in a graph they would be a new constant at every
+    token, and on an accelerator each token would wait for them.
+    """
+    return torch.compiler.is_compiling() or (length == 1 and device.type != "cpu")
 
 
 def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int | None) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -20,8 +21,9 @@ from transformers import (
 )
 from transformers.integrations import executorch
 
-from modeling_mesanet import MesaNetForCausalLM
+from modeling_mesanet import MesaNetForCausalLM, modeling_mesanet
 from modeling_mesanet.cache_mesanet import MesaNetCacheLayer
+from modeling_mesanet.mesa import mesa_solver
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -306,14 +308,19 @@ def test_one_graph_serves_every_step_prompt_and_padding(model, dynamo):
     assert not dynamo["graph_break"]
 
 
+def compiling(backend) -> dict:
+    """Arguments by which `generate` compiles its step on a CPU too."""
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True  # transformers' own switch
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
 def test_generate_compiles_its_step_once(model, dynamo):
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    compile_config._compile_all_devices = True  # transformers' own switch for compiling on CPU
     for length, pads in ((5, 0), (9, 0), (9, 4)):
         input_ids, mask = random_ids(2, length, seed=length), torch.ones(2, length).long()
         mask[1, :pads] = 0
         arguments = {"input_ids": input_ids, "attention_mask": mask, **GREEDY}
-        tokens = model.generate(cache_implementation="static", compile_config=compile_config, **arguments)
+        tokens = model.generate(**compiling("eager"), **arguments)
         assert torch.equal(tokens, model.generate(use_cache=False, **arguments))
     assert dynamo["stats"]["unique_graphs"] == 1
     assert not dynamo["graph_break"]
@@ -331,6 +338,88 @@ def test_solver_arguments_in_a_full_graph(model, dynamo):
             torch.equal(a.steps, b.steps) for a, b in zip(actual.solver_stats, expected.solver_stats, strict=True)
         )
     assert not dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+def test_chunks_of_a_prompt_are_not_compiled(model, dynamo, chunk):
+    for length in (9, 12):
+        input_ids = random_ids(2, length, seed=length)
+        tokens = model.generate(input_ids, prefill_chunk_size=chunk, **compiling("eager"), **GREEDY)
+        assert torch.equal(tokens, greedy(model, input_ids)[0])
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_sampling_and_continuation_take_the_same_compiled_step(model, dynamo):
+    input_ids = random_ids(2, 9)
+    arguments = {key: value for key, value in compiling("eager").items() if key == "compile_config"}
+    model.generate(input_ids, **compiling("eager"), **GREEDY)
+    sampled = []
+    for options in (compiling("eager"), {}):
+        torch.manual_seed(0)
+        sampled.append(model.generate(input_ids, do_sample=True, max_new_tokens=NEW, **options))
+    assert torch.equal(*sampled)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    tokens = random_ids(2, 4, seed=3)
+    for _ in range(2):
+        full = torch.cat([tokens, random_ids(2, 5, seed=4)], dim=1)
+        tokens = model.generate(full, past_key_values=cache, **arguments, **GREEDY)
+        assert torch.equal(tokens, greedy(model, full)[0])
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_step_updates_the_states_where_they_are(model, dynamo):
+    """CUDA graphs refuse states that move, and a copy of them would take as long as the step itself."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, [id(tensor) for tensor in inputs]))
+        return graph.forward
+
+    input_ids = random_ids(2, 9)
+    output = model.generate(input_ids, return_dict_in_generate=True, **compiling(backend), **GREEDY)
+    ((graph, inputs),) = graphs
+    states = [state for layer in output.past_key_values.layers for state in layer.recurrent_states.values()]
+    places = graph.graph.find_nodes(op="placeholder")
+    of_states = [places[inputs.index(id(state))] for state in states]
+    for node in of_states:
+        assert [str(user.target) for user in node.users] == ["modeling_mesanet.decode_step.default"]
+    held = [*states, *(state for layer in output.past_key_values.layers for state in layer.conv_states.values())]
+    held += [layer.seen_tokens for layer in output.past_key_values.layers]
+    assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in held)
+    # What a graph returns besides logits would be assigned to the cache, and overwritten by the next run.
+    (returned,) = graph.graph.find_nodes(op="output")[0].args
+    assert len(returned) == 1
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts the values that are read from tensors into Python, for which an accelerator would have to be awaited."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_reads_nothing_from_the_device_but_whether_to_stop(model, monkeypatch, static):
+    # The torch path stops its solver early by such a read; the kernel of a GPU does that by itself.
+    monkeypatch.setattr(mesa_solver, "any_active", lambda *arguments: True)
+    # As on an accelerator.
+    monkeypatch.setattr(modeling_mesanet, "stays_unread", lambda length, device: length == 1)
+    input_ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
+    mask[0, :3] = 0
+    expected = greedy(model, input_ids[:1, 3:])[0][0, 6:]
+    options = {"cache_implementation": "static"} if static else {}
+    reads = []
+    for new in (4, 12):
+        with DeviceReads() as counted:
+            tokens = model.generate(input_ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+        reads.append(counted.count)
+        assert torch.equal(tokens[0, 9 : 9 + NEW], expected[:new])
+    assert reads[1] - reads[0] == 8, "one a token: transformers' own"
 
 
 def test_training_and_prefill_compile_in_one_graph(tiny_model, dynamo):
