@@ -43,7 +43,7 @@ def data(tmp_path, monkeypatch) -> Path:
 
 def run(scripts, folder: Path, **options) -> dict:
     arguments = {"device": "cpu", "data_dir": None, "steps": None, "repeated_steps": None, "control": False}
-    arguments |= {"learning_rate": None, "revision": "abc", "output": folder, "smoke": True}
+    arguments |= {"learning_rate": None, "revision": "abc", "output": folder, "smoke": True, "only": ""}
     scripts.curves.main(**arguments | options)
     return json.loads((folder / "training_curves_cpu.json").read_text(encoding="utf-8"))
 
@@ -52,14 +52,16 @@ def test_smoke_run_trains_and_compares(scripts, data, tmp_path):
     pytest.importorskip("matplotlib", reason="the train extra is not installed")
     results = run(scripts, tmp_path, steps=3, repeated_steps=2)
     # No Triton on a CPU: torch is compared with itself at another chunk size.
-    compared, reference = results["text"]["runs"]
-    assert (compared["backend"], compared["chunk_size"]) == ("torch", 16)
-    assert (reference["backend"], reference["chunk_size"]) == ("torch", 64)
-    assert 0 <= compared["difference"] < 5e-3
-    assert 1 <= compared["step"] <= 3
+    found = {precision: results[precision]["runs"] for precision in ("float32", "bfloat16")}
+    for precision, (compared, reference) in found.items():
+        assert compared["precision"] == reference["precision"] == precision
+        assert (compared["backend"], compared["chunk_size"]) == ("torch", 16)
+        assert (reference["backend"], reference["chunk_size"]) == ("torch", 64)
+        assert 0 <= compared["difference"] < (1e-5 if precision == "float32" else 5e-3)
+        assert 1 <= compared["step"] <= 3
     bounded, unbounded = results["repeated"]["runs"]
     assert (bounded["forget_gate_bound"], unbounded["forget_gate_bound"]) == (0.9975, None)
-    for row, steps in ((compared, 3), (reference, 3), (bounded, 2), (unbounded, 2)):
+    for row, steps in (*((row, 3) for rows in found.values() for row in rows), (bounded, 2), (unbounded, 2)):
         assert "failed" not in row
         for name in ("losses", "gradient_norms", "residuals"):
             assert len(row[name]) == steps
@@ -75,6 +77,11 @@ def test_smoke_run_trains_and_compares(scripts, data, tmp_path):
     assert "| near-constant keys | " in text
     # An interrupted run has not all sections.
     assert scripts.tables.training_curves(results | {"repeated": None, "errors": []}).startswith("| training on |")
+    # The same revision again, one section: the others stay.
+    again = run(scripts, tmp_path, steps=3, repeated_steps=2, only="bfloat16")
+    assert again["float32"] == results["float32"]
+    with pytest.raises(typer.BadParameter, match="text: take some of float32, bfloat16"):
+        run(scripts, tmp_path, only="text")
 
 
 def test_a_number_that_is_not_finite_ends_a_run(scripts, data, tmp_path, monkeypatch):
@@ -88,17 +95,18 @@ def test_a_number_that_is_not_finite_ends_a_run(scripts, data, tmp_path, monkeyp
     with pytest.raises(typer.Exit):
         run(scripts, tmp_path)
     results = json.loads((tmp_path / "training_curves_cpu.json").read_text(encoding="utf-8"))
-    for row in results["text"]["runs"] + results["repeated"]["runs"]:
+    for row in results["float32"]["runs"] + results["bfloat16"]["runs"] + results["repeated"]["runs"]:
         assert row["failed"].startswith("not finite at step 1: losses nan")
         assert row["losses"] == []
-    assert results["text"]["runs"][0]["difference"] is None
+    assert results["float32"]["runs"][0]["difference"] is None
     assert "not finite at step 1" in scripts.tables.training_curves(results)
 
 
 def test_control_is_a_run_of_its_own(scripts, monkeypatch):
     curves = scripts.curves.Curves(scripts.curves.SMOKE, torch.device("cuda"), None, None, None, control=True)
     monkeypatch.setattr(curves, "train", lambda run, tokens, steps: {"name": run.name, "losses": [1.0]})
-    assert [row["name"] for row in curves.text()["runs"]] == ["Triton", "torch, chunks of 16", "torch"]
+    assert [row["name"] for row in curves.bfloat16()["runs"]] == ["Triton", "torch, chunks of 16", "torch"]
+    assert [row["name"] for row in curves.float32()["runs"]] == ["Triton", "torch"]
 
 
 def test_a_loss_off_the_reference_is_missed(scripts):
@@ -106,8 +114,8 @@ def test_a_loss_off_the_reference_is_missed(scripts):
     assert scripts.curves.compare(off, reference) == {"difference": pytest.approx(0.01), "step": 2}
     row = {"name": "Triton", "gradient_norms": [1, 2, 1], "residuals": [1e-4, 1e-4, 1e-5]} | off
     row |= scripts.curves.compare(off, reference)
-    # Not of a control, which shows what rounding alone does.
-    results = {"text": {"runs": [row, row, reference]}, "repeated": {"runs": []}, "errors": []}
+    # Not in bfloat16, where rounding alone does so.
+    results = {"float32": {"runs": [row, reference]}, "bfloat16": {"runs": [row, row, reference]}}
     assert scripts.curves.problems(results) == ["Triton: the loss differs by 1.00% at step 2, by more than 0.5%"]
     line = scripts.tables.curve_row("text", row, 5e-3)
     assert ", missed" not in scripts.tables.curve_row("text", row)
@@ -157,7 +165,7 @@ def test_triton_is_compared_on_a_gpu(scripts, data):
     tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())
     tokens = scripts.curves.read_tokens(data, tokenizer, 1000)
     curves = scripts.curves.Curves(scripts.curves.SMOKE, torch.device("cuda"), None, tokenizer, tokens, False)
-    triton, reference = curves.text()["runs"]
+    triton, reference = curves.float32()["runs"]
     assert (triton["backend"], reference["backend"]) == ("triton", "torch")
     assert triton["difference"] < 5e-3
     assert max(triton["residuals"]) <= 1e-4

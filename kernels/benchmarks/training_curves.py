@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training through the Triton kernels: beside the torch path on text, and on text full of repeated tokens.
 
-    python kernels/benchmarks/training_curves.py [--data-dir DATA] [--revision REVISION]
+    python kernels/benchmarks/training_curves.py [--data-dir DATA] [--only float32,repeated] [--revision REVISION]
     python kernels/benchmarks/training_curves.py --device cpu --smoke
 
 Needs the corpus of `examples/train_novels.py` (`--data-dir` or MESANET_DATA: the folder that holds
 `corpus/novels_train.jsonl.gz`); the tokenizer is that of the bundled checkpoint. Sections:
 
-- text: the same model, seed and batches through `kernel_backend="triton"` and `"torch"`, and how far their losses
+- float32: the same model, seed and batches through `kernel_backend="triton"` and `"torch"`, and how far their losses
   differ at every step;
-- repeated: text of which a third is long runs of one token, with and without the bound on the forget gate; a number
-  that is not finite ends a run. Each step's loss, gradient norm and largest solver residual are in the file;
+- bfloat16: the same under bfloat16 autocast, as `Trainer` has it. There the losses of any two runs come apart that
+  round differently: a first token's output is its value times `k . q`, and where that is nearly 0, the norm of the
+  head makes a large gradient of what rounding left. `--control` adds torch with its sums in another order;
+- repeated: text of which a third is long runs of one token, with and without the bound on the forget gate, under
+  autocast; a number that is not finite ends a run. Each step's loss, gradient norm and largest solver residual are in
+  the file;
 - errors: the operator's output on such inputs against a dense float64 solve, ours and, where it is installed,
   flash-linear-attention's, as `gpu_operators.py` compares them.
 
-Float32 weights under bfloat16 autocast, as `Trainer` has it; AdamW with warm-up, cosine and clipped gradients. The
-solver takes at most 30 steps to a tolerance of 1e-4 on either path, as in `examples/train_novels.py`. Results go to
-`results/training_curves_<GPU>.json` after each section, a figure beside them at the end; the README quotes them.
+Float32 weights; AdamW with warm-up, cosine and clipped gradients. The solver takes at most 30 steps to a tolerance of
+1e-4 on either path, as in `examples/train_novels.py`. Results go to `results/training_curves_<GPU>.json` after each
+section, a figure beside them at the end; the README quotes them. A later run of the same revision, versions and GPU
+replaces only the sections that it measures.
 
 No Triton runs on a CPU: with `--device cpu --smoke` the two paths are both torch, with chunks of different sizes.
 """
@@ -48,6 +53,7 @@ from gpu_operators import (
     find_peer,
     read_driver,
     read_revision,
+    start_results,
     table_of,
     versions,
 )
@@ -66,7 +72,7 @@ sys.path.append(str(ROOT / "examples"))
 from novels import TrainingBlocks, UsageError, data_folder, encode_documents, pack, read_documents
 
 SEED = 0
-# The largest relative difference between the losses of the two paths, at any step.
+# The largest relative difference between the losses of the two paths, at any step, in float32.
 GOAL = 5e-3
 # More than a token of the corpus has on average, so that the documents read suffice for a run.
 CHARACTERS_A_TOKEN = 6
@@ -88,8 +94,7 @@ class Plan:
     steps: int = 200  # on text
     repeated_steps: int = 100  # on text with repeated tokens
     runs: tuple[int, int] = (64, 1024)  # lengths of the shortest and the longest run of one token
-    # The peak, after a tenth of the steps; a tenth of it at the end. At 1e-3 the loss spikes, at steps that rounding
-    # to bfloat16 decides: two runs in torch that differ in nothing but the order of sums come apart there.
+    # The peak, after a tenth of the steps; a tenth of it at the end. At 1e-3 the loss spikes.
     learning_rate: float = 3e-4
     gradient_clip: float = 1.0
     cg_max_steps_training: int = 30
@@ -120,10 +125,12 @@ class Run:
 
     name: str
     backend: str
+    precision: str = "bfloat16"  # of autocast, or float32: none
     chunk_size: int = 64  # of the torch path
     forget_gate_bound: float | None = 0.9975
 
 
+TRITON = Run("Triton", "triton")
 REFERENCE = Run("torch", "torch")
 # The reference with its sums in another order. Where Triton cannot run it takes Triton's place.
 OTHER_CHUNKS = Run("torch, chunks of 16", "torch", chunk_size=16)
@@ -169,7 +176,7 @@ def train(
         began = time.perf_counter()
         rows = [blocks[step * plan.batch + index] for index in range(plan.batch)]
         batch = {name: tensor.to(place) for name, tensor in pack(rows, tokenizer.bos_token_id).items()}
-        with torch.autocast(place.type, torch.bfloat16):
+        with torch.autocast(place.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
             output = model(**batch, use_cache=False, output_solver_stats=True)
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
@@ -256,15 +263,24 @@ class Curves:
         blocks = TrainingBlocks(tokens, self.plan.length, steps * self.plan.batch, SEED)
         return train(run, self.plan, self.tokenizer, blocks, self.place)
 
-    def text(self) -> dict:
-        """The paths beside the reference, which comes last: it takes longest."""
-        compared = [Run("Triton", "triton")] if self.on_gpu else []
-        if self.control or not self.on_gpu:
-            compared.append(OTHER_CHUNKS)
-        rows = [self.train(run, self.tokens, self.plan.steps) for run in (*compared, REFERENCE)]
+    def compare(self, *compared: Run, precision: str) -> list[dict]:
+        """Runs on text beside the reference, which comes last: it takes longest."""
+        rows = [
+            self.train(replace(run, precision=precision), self.tokens, self.plan.steps)
+            for run in (*compared, REFERENCE)
+        ]
         for row in rows[:-1]:
             row |= compare(row, rows[-1])
-        return {"runs": rows, "goal": GOAL}
+        return rows
+
+    def float32(self) -> dict:
+        return {"runs": self.compare(TRITON if self.on_gpu else OTHER_CHUNKS, precision="float32"), "goal": GOAL}
+
+    def bfloat16(self) -> dict:
+        compared = [TRITON] if self.on_gpu else []
+        if self.control or not self.on_gpu:
+            compared.append(OTHER_CHUNKS)
+        return {"runs": self.compare(*compared, precision="bfloat16")}
 
     def repeated(self) -> dict:
         name, backend = ("Triton", "triton") if self.on_gpu else (REFERENCE.name, REFERENCE.backend)
@@ -289,7 +305,12 @@ class Curves:
 
 
 # In this order: the peer, which tunes itself first, last.
-SECTIONS = {"text": Curves.text, "repeated": Curves.repeated, "errors": Curves.errors}
+SECTIONS = {
+    "float32": Curves.float32,
+    "bfloat16": Curves.bfloat16,
+    "repeated": Curves.repeated,
+    "errors": Curves.errors,
+}
 
 
 def runs_table(title: str, rows: list[dict]) -> Table:
@@ -312,18 +333,14 @@ def runs_table(title: str, rows: list[dict]) -> Table:
 
 def problems(results: dict) -> list[str]:
     """What was promised and is not so, as sentences."""
-    found = [
-        f"{row['name']}: {row['failed']}"
-        for section in ("text", "repeated")
-        for row in results[section]["runs"]
-        if "failed" in row
-    ]
+    runs = {name: results[name]["runs"] for name in ("float32", "bfloat16", "repeated") if name in results}
+    found = [f"{row['name']}: {row['failed']}" for rows in runs.values() for row in rows if "failed" in row]
     found += [
         f"{row['name']}: the loss differs by {row['difference']:.2%} at step {row['step']}, by more than {GOAL:.1%}"
-        for row in results["text"]["runs"][:1]  # a control is only measured
+        for row in runs.get("float32", [])[:-1]
         if row["difference"] is not None and not row["difference"] <= GOAL
     ]
-    for row in results["errors"]:
+    for row in results.get("errors", []):
         for setting, promised in PROMISED.items():
             error = row["errors"].get(f"mesa, {setting}", math.nan)
             if not error <= promised:
@@ -335,7 +352,7 @@ def draw(results: dict, path: Path) -> None:
     """Draw `results` as a PNG. Raises ImportError where matplotlib is not installed."""
     from matplotlib.figure import Figure
 
-    plan, (*compared, reference) = results["plan"], results["text"]["runs"]
+    plan = results["plan"]
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     figure.suptitle(
         f"{plan['layers']} layers of {plan['hidden_size']}, K = V = {plan['head_dim']}, {plan['batch']} x "
@@ -347,15 +364,19 @@ def draw(results: dict, path: Path) -> None:
         axes.plot(range(1, len(values) + 1), values, linewidth=1, label=row["name"], **style)
 
     losses, differences, repeated, sizes = panels.flat
-    for row in (*compared, reference):
-        curve(losses, row, row["losses"], linestyle="--" if row is reference else "-")
+    for precision in ("float32", "bfloat16"):
+        *compared, reference = results.get(precision, {"runs": [None]})["runs"]
+        for row in (*compared, reference) if reference else ():
+            dashes = "--" if row is reference else "-"
+            curve(losses, row | {"name": f"{row['name']}, {precision}"}, row["losses"], linestyle=dashes)
+        for row in compared:
+            both = zip(row["losses"], reference["losses"], strict=False)
+            apart = [100 * abs(ours / theirs - 1) for ours, theirs in both]
+            curve(differences, row | {"name": f"{row['name']}, {precision}"}, apart)
     losses.set(title="text", ylabel="cross-entropy, nats per token")
-    for row in compared:
-        both = zip(row["losses"], reference["losses"], strict=False)
-        curve(differences, row, [100 * abs(ours / theirs - 1) for ours, theirs in both])
-    differences.axhline(100 * GOAL, color="gray", linestyle=":", label="goal")
-    differences.set(title=f"text: difference of the losses to {reference['name']}", ylabel="%")
-    for index, row in enumerate(results["repeated"]["runs"]):
+    differences.axhline(100 * GOAL, color="gray", linestyle=":", label="goal in float32")
+    differences.set(title=f"text: difference of the losses to {REFERENCE.name}", ylabel="%", yscale="log")
+    for index, row in enumerate(results.get("repeated", {"runs": []})["runs"]):
         curve(repeated, row, row["losses"], color=f"C{index}")
         curve(sizes, row, row["gradient_norms"], color=f"C{index}")
         curve(sizes, row, row["residuals"], color=f"C{index}", linestyle=":")
@@ -364,19 +385,21 @@ def draw(results: dict, path: Path) -> None:
     for axes in panels.flat:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.has_data():
+            axes.legend(fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
 def main(
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1, or cpu with --smoke.")] = "cuda",
+    only: Annotated[str, typer.Option(help=f"Sections, with commas: {', '.join(SECTIONS)}. All by default.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="Folder that holds corpus/ (default: MESANET_DATA).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of each path on text (200).")] = None,
     repeated_steps: Annotated[int | None, typer.Option(min=1, help="Of each run on repeated tokens (100).")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak (3e-4).")] = None,
     control: Annotated[
-        bool, typer.Option(help="Also train by torch with other chunks: what rounding alone changes.")
+        bool, typer.Option(help="In bfloat16, also train by torch with other chunks: what rounding alone changes.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Git revision of this code, where it is no checkout.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to instead of results/.")] = None,
@@ -384,6 +407,9 @@ def main(
 ) -> None:
     """Train through the Triton kernels and through torch, and compare."""
     began = time.monotonic()
+    selected = [name.strip() for name in only.split(",") if name.strip()] or list(SECTIONS)
+    if unknown := set(selected) - set(SECTIONS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: take some of {', '.join(SECTIONS)}.")
     place = torch.device(device)
     if place.type != "cuda" and not smoke:
         raise typer.BadParameter(f"On {device} the full sizes would take hours; add --smoke.")
@@ -407,7 +433,7 @@ def main(
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     name = "training_curves_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
     path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
-    results = {
+    about = {
         "date": date.today().isoformat(),
         "gpu": gpu,
         "driver": read_driver(),
@@ -416,6 +442,7 @@ def main(
         "plan": json.loads(json.dumps(asdict(plan))),
         "figure": None,
     }
+    results = start_results(path, about, SECTIONS)
     if results["revision"] is None:
         CONSOLE.print(
             "The git revision cannot be read here, and the README takes no figures without: give --revision."
@@ -426,8 +453,8 @@ def main(
         if place.type == "cuda":
             stack.enter_context(torch.cuda.device(place))
         curves = Curves(plan, place, peer_version, tokenizer, tokens, control)
-        for section, measure in SECTIONS.items():
-            results[section] = measure(curves)
+        for section in (name for name in SECTIONS if name in selected):
+            results[section] = SECTIONS[section](curves)
             write_json(path, results)
             rows = results[section]
             CONSOLE.print(table_of(section, rows) if section == "errors" else runs_table(section, rows["runs"]))
