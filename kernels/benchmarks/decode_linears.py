@@ -4,11 +4,13 @@
     python kernels/benchmarks/decode_linears.py
     python kernels/benchmarks/decode_linears.py --batches 1,16 --variants "table; ahead off"
 
-For each launch of a layer of the 1B preset, each batch size and each choice of blocks: microseconds and GB/s of weights
-read. A graph goes through as many layers' weights as fill the L2 cache several times, so that none is read from there.
-Every result is first compared with torch's; one that differs is not timed. Prints a table and writes nothing.
+For each launch of a layer of the 1B preset, each batch size and each choice of blocks: microseconds, and GB/s of the
+weights. A graph goes through as many layers' weights as fill the L2 cache several times, so that none is read from
+there. Every result is first compared with torch's; one that differs is not timed. A variant of a batch size takes some
+five seconds, nearly all to compile. Prints a table and writes nothing.
 """
 
+import functools
 import statistics
 from typing import Annotated
 from unittest import mock
@@ -109,9 +111,9 @@ def microseconds(function, layers: list[Layer]) -> float:
     return 1e3 * statistics.median(times) / len(layers)
 
 
-def step(layer: Layer, x: torch.Tensor, wide: torch.Tensor, method: str) -> None:
-    """All four launches, one after the other."""
-    for launch in LAUNCHES:
+def call(method: str, launches: tuple[str, ...], x: torch.Tensor, wide: torch.Tensor, layer: Layer) -> None:
+    """The launches of a layer one after the other, "fused" or in "torch"."""
+    for launch in launches:
         getattr(layer, method)(launch, x, wide)
 
 
@@ -122,11 +124,11 @@ def differs(layer: Layer, launch: str, x: torch.Tensor, wide: torch.Tensor) -> b
 
 def main(
     batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,4,8,16",
-    variants: Annotated[str, typer.Option(help="of the table in mesa_triton_linear, separated by ';'")] = "",
+    variants: Annotated[str, typer.Option(help=f"separated by ';', of: {'; '.join(VARIANTS)}")] = "table; overlap",
 ) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device; the kernels cannot be timed here.")
-    chosen = [name.strip() for name in variants.split(";")] if variants else list(VARIANTS)
+    chosen = [name.strip() for name in variants.split(";")]
     for name in chosen:
         if name not in VARIANTS:
             raise typer.BadParameter(f"variant {name!r} does not exist; choose from {'; '.join(VARIANTS)}.")
@@ -135,29 +137,26 @@ def main(
     bytes_of = {launch: sum(2 * weight.numel() for weight in probe.weights(launch)) for launch in LAUNCHES}
     layers = [probe] + [Layer(config) for _ in range(BYTES // sum(bytes_of.values()))]
     typer.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {len(layers)} layers, us and GB/s")
-    typer.echo(
-        f"| batch | variant | {' | '.join(LAUNCHES)} | all four, one layer |\n|{' --- |' * (len(LAUNCHES) + 3)}"
-    )
+    columns = [*LAUNCHES, "all four, one layer"]
+    bytes_of[columns[-1]] = sum(bytes_of.values())
+    typer.echo(f"| batch | variant | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}")
     for batch in map(int, batches.split(",")):
         x = torch.randn(batch, 1, config.hidden_size, device="cuda", dtype=torch.bfloat16)
         wide = torch.randn(batch, 1, config.intermediate_size, device="cuda", dtype=torch.bfloat16)
         for name in ("torch", *chosen):
             table = {key: entry._replace(**VARIANTS.get(name, {})) for key, entry in fused.TABLE.items()}
-            cells = []
+            method, cells = ("torch" if name == "torch" else "fused"), []
             with mock.patch.object(fused, "TABLE", table):
-                method = "torch" if name == "torch" else "fused"
-                for launch in LAUNCHES:
+                for column in columns:
+                    launches = LAUNCHES if column == columns[-1] else (column,)
                     try:
-                        if name != "torch" and differs(probe, launch, x, wide):
+                        if method == "fused" and any(differs(probe, launch, x, wide) for launch in launches):
                             cells.append("wrong")
                             continue
-                        us = microseconds(lambda layer, run=launch: getattr(layer, method)(run, x, wide), layers)
-                        cells.append(f"{us:.2f} {bytes_of[launch] / us / 1e3:.0f}")
+                        us = microseconds(functools.partial(call, method, launches, x, wide), layers)
+                        cells.append(f"{us:.2f} us, {bytes_of[column] / us / 1e3:.0f}")
                     except Exception as error:  # a compiler or driver fails in many ways, and each is a result
                         cells.append(type(error).__name__)
-                if all(cell[0].isdigit() for cell in cells):
-                    us = microseconds(lambda layer: step(layer, x, wide, method), layers)
-                    cells.append(f"{us:.2f} {sum(bytes_of.values()) / us / 1e3:.0f}")
             typer.echo(f"| {batch} | {name} | {' | '.join(cells)} |")
 
 
