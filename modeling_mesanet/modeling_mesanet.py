@@ -452,8 +452,8 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
             return False
         weights, _ = mixer.input_weights()
         outputs = tuple(weight.shape[0] for weight in weights)
-        sizes = outputs, mixer.o_proj.in_features, self.mlp.down_proj.in_features
-        return fuses_linears(hidden_states, *sizes, mixer.config.kernel_backend)
+        sizes = weights[0].shape[1], outputs, mixer.o_proj.in_features, self.mlp.down_proj.in_features
+        return fuses_linears(hidden_states, sizes, mixer.config.kernel_backend)
 
     def is_unchanged(self, hidden_states: torch.Tensor) -> bool:
         """Whether the layer consists of what it was made of, in the dtype and on the device of `hidden_states`.

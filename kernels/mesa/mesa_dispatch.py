@@ -208,14 +208,21 @@ def problem_of_kernels(
 
 @torch.compiler.assume_constant_result
 def use_fused_linears(
-    device: torch.device, dtype: torch.dtype, rows: int, sizes: tuple, backend: str | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    backend: str | None,
+    hidden: int,
+    value_channels: int,
+    intermediate: int,
+    *outputs: int,
 ) -> bool:
     """Whether to run a layer's projections of one token in `mesa_triton_linear`.
 
     Args:
         rows: of the batch, rounded up to a power of two.
-        sizes: d, the projections of the normalised input, the output projection's input, the MLP's intermediate size.
         backend: as in `mesa_attention`.
+        hidden, value_channels, intermediate, outputs: as in `mesa_layers.fuses_linears`.
 
     Raises:
         BackendError: as `select_backend`.
@@ -224,7 +231,7 @@ def use_fused_linears(
         return False
     if requested_backend(backend) == "triton":
         return True
-    case = device, dtype, rows, sizes
+    case = device, dtype, rows, (hidden, outputs, value_channels, intermediate)
     return case not in FAULTY if torch.cuda.is_current_stream_capturing() else linears_are_right(*case)
 
 

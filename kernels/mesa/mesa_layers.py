@@ -79,16 +79,13 @@ def decodes_layer(
     return True
 
 
-def fuses_linears(
-    x: torch.Tensor, outputs: tuple[int, ...], value_channels: int, intermediate_size: int, backend: str | None = None
-) -> bool:
+def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int], backend: str | None = None) -> bool:
     """Whether `norm_linears`, `add_linear` and `norm_gated_linears` take the projections of a layer.
 
     Args:
         x: the layer's input, `[B, 1, d]`.
-        outputs: sizes of the projections of the normalised input; the last two are float32.
-        value_channels: size of what the output projection takes.
-        intermediate_size: of the MLP.
+        sizes: d; the projections of the normalised input, of which the last two are float32; the output projection's
+            input; the MLP's intermediate size.
         backend: as in `mesa_attention`.
     """
     if x.dtype not in TRITON_DTYPES or x.shape[0] > LARGEST_DECODING_BATCH:
@@ -97,9 +94,9 @@ def fuses_linears(
     rows = 1
     while rows < x.shape[0]:
         rows *= 2
-    return use_fused_linears(
-        x.device, x.dtype, rows, (x.shape[-1], outputs, value_channels, intermediate_size), backend
-    )
+    hidden, outputs, value_channels, intermediate = sizes
+    # Numbers one by one, because a compiler does not take a tuple for a constant.
+    return use_fused_linears(x.device, x.dtype, rows, backend, hidden, value_channels, intermediate, *outputs)
 
 
 def run_linear(name: str, *arguments):

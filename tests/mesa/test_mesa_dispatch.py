@@ -503,7 +503,8 @@ class TestFusedLinears:
     """The kernels of a decoding step's projections, with stand-ins in torch."""
 
     SIZES = (24, (16, 16, 2, 2), 20, 40)
-    CASE = (CPU, torch.bfloat16, 2, SIZES)
+    NUMBERS = (24, 20, 40, 16, 16, 2, 2)
+    CASE = (CPU, torch.bfloat16, 2, "auto", *NUMBERS)
 
     @pytest.fixture(autouse=True)
     def stand_ins(self, kernels, monkeypatch):
@@ -542,7 +543,7 @@ class TestFusedLinears:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_good_kernels_are_used_and_tested_once(self, dtype):
         for _ in range(2):
-            assert mesa_dispatch.use_fused_linears(CPU, dtype, 2, self.SIZES)
+            assert mesa_dispatch.use_fused_linears(CPU, dtype, 2, None, *self.NUMBERS)
             assert self.calls == ["norm_linears", "norm_gated_linears", "add_linear", "add_linear"]
 
     @pytest.mark.parametrize("name", ["norm_linears", "add_linear", "norm_gated_linears"])
@@ -556,7 +557,7 @@ class TestFusedLinears:
             assert not mesa_dispatch.use_fused_linears(*self.CASE)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not mesa_dispatch.use_fused_linears(*self.CASE)
-        assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 4, self.SIZES)  # untested, other kernels
+        assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 4, None, *self.NUMBERS)  # untested, other kernels
 
     def test_kernels_that_do_not_compile(self):
         self.fault = lambda name, y: broken(y)
@@ -564,8 +565,8 @@ class TestFusedLinears:
             assert not mesa_dispatch.use_fused_linears(*self.CASE)
 
     def test_who_decides(self, monkeypatch):
-        assert not mesa_dispatch.use_fused_linears(*self.CASE, "torch")
-        assert mesa_dispatch.use_fused_linears(*self.CASE, "triton")
+        assert not mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 2, "torch", *self.NUMBERS)
+        assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 2, "triton", *self.NUMBERS)
         monkeypatch.setenv("MESANET_BACKEND", "torch")
         assert not mesa_dispatch.use_fused_linears(*self.CASE)
         assert self.calls == []
@@ -573,24 +574,24 @@ class TestFusedLinears:
     def test_rows_dtypes_and_batches_of_a_layer(self):
         seen = []
 
-        def spy(device, dtype, rows, sizes, backend):
-            seen.append((rows, sizes, backend))
+        def spy(device, dtype, rows, backend, *numbers):
+            seen.append((rows, backend, numbers))
             return True
 
         with mock.patch.object(mesa_layers, "use_fused_linears", spy):
             for batch in (1, 3, 8, 9, 16):
-                assert fuses_linears(torch.zeros(batch, 1, 24), *self.SIZES[1:], "auto")
+                assert fuses_linears(torch.zeros(batch, 1, 24), self.SIZES, "auto")
             assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16]
-            assert seen[0][1:] == (self.SIZES, "auto")
-            assert not fuses_linears(torch.zeros(17, 1, 24), *self.SIZES[1:])
-            assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), *self.SIZES[1:])
+            assert seen[0][1:] == ("auto", self.NUMBERS)
+            assert not fuses_linears(torch.zeros(17, 1, 24), self.SIZES)
+            assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), self.SIZES)
             assert len(seen) == 5
 
     def test_decided_while_a_compiler_traces(self):
         torch._dynamo.reset()
 
         def double(x):
-            return x * 2 if fuses_linears(x, *self.SIZES[1:], "auto") else x
+            return x * 2 if fuses_linears(x, self.SIZES, "auto") else x
 
         x = torch.ones(3, 1, 24)
         assert torch.equal(torch.compile(double, backend="eager", fullgraph=True, dynamic=True)(x), 2 * x)
