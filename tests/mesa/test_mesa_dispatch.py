@@ -590,11 +590,12 @@ class TestFusedLinears:
     def test_decided_while_a_compiler_traces(self):
         torch._dynamo.reset()
 
-        def double(x):
-            return x * 2 if fuses_linears(x, self.SIZES, "auto") else x
+        def double(x, *weights):
+            outputs = tuple(weight.shape[0] for weight in weights)
+            return x * 2 if fuses_linears(x, (24, outputs, 20, 40), "auto") else x
 
-        x = torch.ones(3, 1, 24)
-        assert torch.equal(torch.compile(double, backend="eager", fullgraph=True, dynamic=True)(x), 2 * x)
+        x, weights = torch.ones(3, 1, 24), [torch.nn.Parameter(torch.ones(size, 24)) for size in self.SIZES[1]]
+        assert torch.equal(torch.compile(double, backend="eager", fullgraph=True)(x, *weights), 2 * x)
         assert len(self.calls) == 4
         torch._dynamo.reset()
 
