@@ -20,97 +20,47 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 import typer
-from novels import (
-    UsageError,
-    data_folder,
-    encode_documents,
-    fingerprint,
-    read_documents,
-    read_rows,
-    replacing,
-    token_bytes,
-    utf8_bytes,
-    write_json,
-)
-from tqdm.auto import tqdm
+from novels import UsageError, data_folder, encode_documents, token_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_mesanet  # noqa: F401  (registers MesaNet with the Auto classes)
+from modeling_mesanet.eval.perplexity import (
+    EncodedDocument,
+    band_edges,
+    default_tokens_at_once,
+    perplexity,
+    token_losses,
+)
+from modeling_mesanet.eval.results import progress_bar, read_documents, read_rows, save_figure, utf8_bytes
+from modeling_mesanet.files import fingerprint, write_json
 
 
-@torch.inference_mode()
-def token_losses(
-    model: PreTrainedModel,
-    sequences: list[np.ndarray],
-    *,
-    chunk: int = 2048,
-    tokens_at_once: int = 16384,
-    progress: str | None = None,
-) -> list[np.ndarray]:
-    """The loss of every token but the first of each sequence, given all tokens before it, in nats.
-
-    Sequences are read side by side in chunks, each continuing from the recurrent state of the one before: the result
-    is that of one long forward pass, and memory does not grow with the length.
-
-    Args:
-        model: in evaluation mode, with a cache.
-        sequences: arrays of tokens, of at least 2 each.
-        chunk: tokens read at a time.
-        tokens_at_once: as many sequences are read side by side as stay within so many tokens a chunk.
-        progress: label of the progress bar; None shows none.
-
-    Returns:
-        For each sequence of n tokens an array `[n - 1]`, float32.
-    """
-    device = model.device
-    losses = [np.empty(len(sequence) - 1, np.float32) for sequence in sequences]
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-    with tqdm(
-        total=sum(map(len, losses)), unit="tok", unit_scale=True, desc=progress, disable=progress is None
-    ) as bar:
-        first = 0
-        while first < len(by_length):
-            longest = len(sequences[by_length[first]]) - 1
-            group = by_length[first : first + max(1, tokens_at_once // min(chunk, longest))]
-            first += len(group)
-            # Shorter sequences are filled up at the end, after everything that is scored.
-            tokens = np.zeros((len(group), longest + 1), np.int64)
-            for row, index in enumerate(group):
-                tokens[row, : len(sequences[index])] = sequences[index]
-            cache, cache_rows = None, len(group)
-            for start in range(0, longest, chunk):
-                stop = min(start + chunk, longest)
-                # Longest first: the sequences that reach this chunk are the first rows.
-                rows = sum(len(losses[index]) > start for index in group)
-                if rows < cache_rows:
-                    cache.batch_select_indices(torch.arange(rows, device=device))
-                part = torch.from_numpy(tokens[:rows, start : stop + 1]).to(device)
-                output = model(input_ids=part[:, :-1], past_key_values=cache, use_cache=True)
-                cache, cache_rows = output.past_key_values, rows
-                nats = F.cross_entropy(output.logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none")
-                nats = nats.view(rows, -1).cpu().numpy()
-                for row, index in enumerate(group[:rows]):
-                    scored = losses[index][start:stop]
-                    scored[:] = nats[row, : len(scored)]
-                    bar.update(len(scored))
-    return losses
+def losses_with_bar(model, sequences: list[np.ndarray], label: str | None, **options) -> list[np.ndarray]:
+    """`token_losses` under a progress bar named `label`; None shows none."""
+    if label is None:
+        return token_losses(model, sequences, **options)
+    with progress_bar() as bar:
+        task = bar.add_task(label, total=sum(len(sequence) - 1 for sequence in sequences))
+        return token_losses(model, sequences, advance=lambda count: bar.advance(task, count), **options)
 
 
-def bits_per_byte(model, tokenizer, documents: dict[str, str], limit: int | None, **options) -> dict:
+def bits_per_byte(
+    model, tokenizer, documents: dict[str, str], limit: int | None, progress: str | None = None, **options
+) -> dict:
     """Bits per byte over whole documents, each read with one recurrent state.
 
     Args:
         documents: text by name.
         limit: only the first so many tokens of each document; None takes all.
+        progress: label of the progress bar; None shows none.
         options: for `token_losses`.
     """
     sizes = token_bytes(tokenizer)
     stop = None if limit is None else limit + 1
     sequences = [encode_documents(tokenizer, [text])[:stop] for text in documents.values()]
-    losses = token_losses(model, sequences, **options)
+    losses = losses_with_bar(model, sequences, progress, **options)
     # The special token in front is never scored; all other tokens are, with all bytes of the text.
     counted = [int(sizes[sequence[1:].astype(np.int64)].sum()) for sequence in sequences]
     if limit is None and sum(counted) != utf8_bytes(documents.values()):
@@ -130,41 +80,40 @@ def bits_per_byte(model, tokenizer, documents: dict[str, str], limit: int | None
     }
 
 
-def context_perplexity(model, tokenizer, text: str, lengths: list[int], limit: int | None, **options) -> dict:
+def context_perplexity(
+    model, tokenizer, text: str, lengths: list[int], limit: int | None, progress: str | None = None, **options
+) -> dict:
     """Perplexity of one text in windows of each length, and by position in the longest windows.
 
     Args:
         lengths: context lengths in tokens; each must divide the longest.
         limit: use at most so many tokens; None uses all.
+        progress: label of the progress bars; None shows none.
         options: for `token_losses`.
     """
     shortest, longest = min(lengths), max(lengths)
     uneven = [n for n in lengths if n < 1 or longest % n]
     if uneven:
         raise UsageError(f"context length {uneven[0]} does not divide the longest, {longest}: choose lengths that do.")
-    encoded = encode_documents(tokenizer, [text])
-    bos, tokens = encoded[:1], encoded[1:]
-    usable = min(len(tokens), len(tokens) if limit is None else limit) // longest * longest
+    document = EncodedDocument(encode_documents(tokenizer, [text]), bos=True)
+    tokens = document.scored
+    usable = min(tokens, tokens if limit is None else limit) // longest * longest
     if usable == 0:
         raise UsageError(
-            f"the book has {len(tokens)} tokens{'' if limit is None else f' (limited to {limit})'}, fewer than the "
+            f"the book has {tokens} tokens{'' if limit is None else f' (limited to {limit})'}, fewer than the "
             f"longest context length, {longest}: choose shorter lengths or another book."
         )
-    label, losses = options.pop("progress", None), {}
+    losses = {}
     for length in sorted(lengths):
-        windows = [np.concatenate([bos, window]) for window in tokens[:usable].reshape(-1, length)]
-        progress = None if label is None else f"{label}, {length}"
-        losses[length] = np.stack(token_losses(model, windows, progress=progress, **options)).reshape(-1, longest)
+        label = None if progress is None else f"{progress}, {length}"
+        windows = losses_with_bar(model, document.windows(length, usable), label, **options)
+        losses[length] = np.stack(windows).reshape(-1, longest)
     return {
         "perplexity": {length: perplexity(values) for length, values in losses.items()},
         "tokens": usable,
-        "tokens_of_book": len(tokens),
+        "tokens_of_book": tokens,
         "positions": position_curve(losses[longest], losses[shortest], shortest),
     }
-
-
-def perplexity(losses: np.ndarray) -> float:
-    return math.exp(losses.mean(dtype=np.float64))
 
 
 def position_curve(losses: np.ndarray, with_short_context: np.ndarray, first: int) -> list[dict]:
@@ -177,10 +126,6 @@ def position_curve(losses: np.ndarray, with_short_context: np.ndarray, first: in
         losses: `[windows, tokens]`.
         with_short_context: the losses of the same tokens, `[windows, tokens]`.
     """
-    edges, stop = [0], first
-    while edges[-1] < losses.shape[1]:
-        edges.append(min(stop, losses.shape[1]))
-        stop *= 2
     return [
         {
             "from": a,
@@ -188,7 +133,7 @@ def position_curve(losses: np.ndarray, with_short_context: np.ndarray, first: in
             "perplexity": perplexity(losses[:, a:b]),
             "perplexity_with_short_context": perplexity(with_short_context[:, a:b]),
         }
-        for a, b in itertools.pairwise(edges)
+        for a, b in itertools.pairwise(band_edges(losses.shape[1], first))
     ]
 
 
@@ -216,8 +161,7 @@ def plot_perplexity(book: str, by_length: dict[int, float], curve: list[dict], p
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def load(checkpoint: Path, device: str, dtype: str) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
@@ -269,7 +213,7 @@ def main(
     model, tokenizer = load(checkpoint, device, dtype)
     options = {
         "chunk": chunk,
-        "tokens_at_once": tokens_at_once or (65536 if device.startswith("cuda") else 8192),
+        "tokens_at_once": tokens_at_once or default_tokens_at_once(device),
     }
 
     began = time.monotonic()

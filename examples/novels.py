@@ -4,14 +4,10 @@
 Dimension legend: N tokens in the corpus, L tokens in a block, B blocks in a batch.
 """
 
-import contextlib
-import gzip
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
+
+from modeling_mesanet.eval.results import UsageError, read_documents, utf8_bytes
+from modeling_mesanet.files import fingerprint, replacing, replacing_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPECIAL_TOKEN = "<|endoftext|>"
@@ -42,10 +41,6 @@ PIECES = (
 )
 
 
-class UsageError(Exception):
-    """A mistake of the caller's: the programs print its one sentence and exit with status 1, without a traceback."""
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -66,76 +61,6 @@ def data_folder(given: Path | None) -> Path:
             "that holds corpus/novels_train.jsonl.gz."
         )
     return folder
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a JSON-lines file (`.gz` or plain), each with at least a field `text`."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"No such file: {path}. Check --data-dir, or give a .jsonl, .jsonl.gz or .txt file.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows or not all(isinstance(row, dict) and "text" in row for row in rows):
-        raise UsageError(f"{path} must hold one JSON object with a field 'text' per line, and at least one line.")
-    return rows
-
-
-def read_documents(path: Path) -> list[str]:
-    """The texts of a JSON-lines file, or the whole of a `.txt` file as one document."""
-    path = Path(path)
-    if path.suffix == ".txt" and path.is_file():
-        return [path.read_text(encoding="utf-8")]
-    return [row["text"] for row in read_rows(path)]
-
-
-def utf8_bytes(documents: Iterable[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in documents)
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (keeping its suffix) that becomes `path` when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder: an older one of that name is replaced only once the new one is complete."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        # mkdtemp makes folders private; the result should have the permissions that any other new folder gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, content) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

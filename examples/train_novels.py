@@ -39,17 +39,16 @@ from novels import (
     data_folder,
     pack,
     read_documents,
-    replacing,
-    replacing_folder,
     save_tokenizer,
     token_bytes,
     train_tokenizer,
-    write_json,
 )
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
+from modeling_mesanet.eval.synthetic import decay_parameter_names
+from modeling_mesanet.files import replacing, replacing_folder, write_json
 
 # What --preset fills in where an option is not given.
 PRESETS = {
@@ -142,20 +141,6 @@ def build_model(recipe: Recipe, special_token: int) -> PreTrainedModel:
         pad_token_id=special_token,
     )
     return MesaNetForCausalLM(config)
-
-
-def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Parameters that weight decay applies to: matrices and convolutions.
-
-    Left out are embeddings (with the head tied to them), norms and gate biases (one dimension each), and the
-    regulariser `lambda_param`, whose decay would pull Lambda towards a value that means nothing.
-    """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in embeddings and not name.endswith("lambda_param")
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------- validation

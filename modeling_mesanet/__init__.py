@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-# Started in a checkout, Python finds this folder before an installed package; the operators then lie in kernels/.
-_kernels = Path(__file__).parents[1] / "kernels"
-if (_kernels / "mesa").is_dir() and not (Path(__file__).parent / "mesa").is_dir():
-    __path__.append(str(_kernels))
+# Started in a checkout, Python finds this folder before an installed package; some of its parts then lie beside it.
+_here = Path(__file__).parent
+for _folder, _part in ((_here.parent / "kernels", "mesa"), (_here.parent, "eval")):
+    if (_folder / _part).is_dir() and not (_here / _part).is_dir():
+        __path__.append(str(_folder))
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
 from .loading import load_checkpoint  # noqa: E402
@@ -19,12 +20,22 @@ from .modeling_mesanet import (  # noqa: E402
     MesaNetModel,
     MesaNetPreTrainedModel,
 )
+from .self_contained import self_contained, write_code  # noqa: E402
+from .state_mesanet import (  # noqa: E402
+    continue_from,
+    fork_state,
+    load_state,
+    merge_states,
+    save_state,
+    split_state,
+)
 
 try:
     __version__ = version("modeling-mesanet")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
+MesaNetConfig.write_code = write_code
 AutoConfig.register("mesanet", MesaNetConfig, exist_ok=True)
 AutoModel.register(MesaNetConfig, MesaNetModel, exist_ok=True)
 AutoModelForCausalLM.register(MesaNetConfig, MesaNetForCausalLM, exist_ok=True)
@@ -50,5 +61,12 @@ __all__ = [
     "MesaNetModel",
     "MesaNetPreTrainedModel",
     "bundled_checkpoint",
+    "continue_from",
+    "fork_state",
     "load_checkpoint",
+    "load_state",
+    "merge_states",
+    "save_state",
+    "self_contained",
+    "split_state",
 ]

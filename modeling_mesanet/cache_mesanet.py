@@ -5,6 +5,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .rollback_mesanet import Consumed, StateTape
+
 # Slots of a layer's convolution states (the inputs of the last `conv_kernel_size - 1` tokens) and recurrent states.
 CONV_Q, CONV_K, CONV_V = 0, 1, 2
 RECURRENT_H, RECURRENT_G = 0, 1
@@ -15,8 +17,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     `recurrent_states` hold H `[B, H, K, K]` and G `[B, H, K, V]` in float32; `conv_states` the last inputs of each
     convolution, `[B, channels, conv_kernel_size - 1]`, in the dtype of the activations. Unlike the stock linear layer
-    it counts tokens (stock `generate()` asks for that), can be expanded and reduced along the batch, and can be reused
-    outside the `torch.inference_mode` it was made in.
+    it counts tokens (stock `generate()` asks for that), can be expanded and reduced along the batch, can be reused
+    outside the `torch.inference_mode` it was made in, and can take tokens back that it consumed while recording.
 
     Args:
         number_of_states: convolution slots, 2 or 3.
@@ -31,6 +33,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_compileable = static
         # A tensor, because a Python number in a compiled step would be a new constant at every token.
         self.seen_tokens: torch.Tensor | None = None
+        # What was consumed since the last `crop`; only while recording.
+        self.tape: StateTape | None = None
 
     @property
     def batch_size(self) -> int:
@@ -96,19 +100,21 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         for slot, state in enumerate(conv_states):
             if not self.is_conv_states_initialized[slot]:
                 self.lazy_initialization(conv_states=state.detach(), state_idx=slot)
-            self.conv_states[slot] = self._overwrite(self.conv_states[slot], state)
+            self._overwrite(self.conv_states, slot, state)
         for slot, state in enumerate(recurrent_states):
             if not self.is_recurrent_states_initialized[slot]:
                 self.lazy_initialization(recurrent_states=state.detach(), state_idx=slot)
-            self.recurrent_states[slot] = self._overwrite(self.recurrent_states[slot], state)
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+            self._overwrite(self.recurrent_states, slot, state)
         if self.seen_tokens is None:
             self.seen_tokens = torch.zeros((), dtype=torch.long, device=recurrent_states[RECURRENT_H].device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.seen_tokens)
-        self.seen_tokens = self._writable(self.seen_tokens)
+        if (writable := self._writable(self.seen_tokens)) is not self.seen_tokens:
+            self.seen_tokens = writable
         self.seen_tokens.add_(tokens)
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+            self.is_initialized = True
 
     def make_writable(self) -> None:
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
@@ -117,10 +123,14 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._map_states(self._writable)
         self.seen_tokens = self._writable(self.seen_tokens)
 
-    def _overwrite(self, stored: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def _overwrite(self, states: dict[int, torch.Tensor], slot: int, state: torch.Tensor) -> None:
+        stored = states[slot]
         if stored is state:
-            return stored
-        return self._writable(stored).copy_(state.detach())
+            return
+        # A compiled step repeats every assignment, also of what was there: nothing is assigned that has not changed.
+        if (writable := self._writable(stored)) is not stored:
+            states[slot] = writable
+        writable.copy_(state.detach())
 
     @staticmethod
     def _writable(stored: torch.Tensor | None) -> torch.Tensor | None:
@@ -131,21 +141,84 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token; tensors and addresses stay."""
         self.make_writable()
+        self.tape = None
         super().reset()
         if self.seen_tokens is not None:
             self.seen_tokens.zero_()
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let the sequences be those of `beam_idx`, in that order."""
+        self.batch_select_indices(beam_idx)
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs to take tokens back."""
+        self.record_past, self.tape = True, None
+
+    def stop_recording(self) -> None:
+        """Keep no more than the states; tokens consumed so far stay."""
+        self.record_past, self.tape = False, None
+
+    def record(self, consumed: Consumed, memory: int, backend: str | None = None) -> None:
+        """Remember tokens, called before the states take them in.
+
+        Args:
+            consumed: what the layer reads of them.
+            memory: `conv_kernel_size - 1`.
+            backend: as in `mesa_attention`, for the replay.
+        """
+        if self.tape is None:
+            conv_states = [
+                x.new_zeros(x.shape[0], x.shape[2], memory)
+                if (state := self._read(self.conv_states[slot], slot)) is None
+                else state.clone()
+                for slot, x in enumerate(consumed.conv_inputs)
+            ]
+            state = self.recurrent_state()
+            # A snapshot of its own: the states are updated in place.
+            self.tape = StateTape(conv_states, None if state is None else tuple(x.clone() for x in state), backend)
+        self.tape.append(consumed)
+
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "A recurrent state cannot be cropped: copy the cache (copy.deepcopy) before the tokens to discard."
-        )
+        """Take the last `-tokens_to_remove` tokens back, and settle on all that remain.
+
+        Args:
+            tokens_to_remove: 0 or negative, as transformers counts; at most as many as were recorded since the last
+                call.
+
+        Raises:
+            ValueError: positive.
+            RuntimeError: so many tokens were not recorded. The state is then untouched.
+        """
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise ValueError(
+                f"tokens_to_remove is {-count}; give minus the number of tokens to take back, such as {count}."
+            )
+        recorded = 0 if self.tape is None else self.tape.tokens
+        if count > recorded and self.is_initialized:
+            raise RuntimeError(
+                f"{count} tokens cannot be taken back, since a recurrent state does not contain its past and "
+                f"{recorded} are recorded; call activate_past_recording() on the cache before the tokens, or copy the "
+                "cache (copy.deepcopy) before them."
+            )
+        tape, self.tape = self.tape, None
+        if count == 0 or not self.is_initialized:
+            return
+        conv_states, recurrent_states = tape.states_after(recorded - count)
+        if recurrent_states is None:
+            self.reset()
+        else:
+            self.write(conv_states, recurrent_states, -count)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, copies side by side."""
+        self.tape = None  # of the sequences as they were
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
+        self.tape = None
         self._map_states(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices])
 
     def _map_states(self, function) -> None:
@@ -188,6 +261,7 @@ def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
         if not isinstance(layer, MesaNetCacheLayer):
             static = isinstance(cache, StaticCache)
             cache.layers[index] = MesaNetCacheLayer(config.number_of_conv_states, static=static)
+            cache.layers[index].record_past = layer.record_past
     return cache
 
 

@@ -2,6 +2,7 @@
 """Configuration of MesaNet models."""
 
 import math
+import os
 import sys
 
 from huggingface_hub.dataclasses import strict
@@ -94,6 +95,10 @@ class MesaNetConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
+    # Set by the package: puts the code of the models beside a config whose `auto_map` refers to it. Where this file
+    # itself came with a checkpoint it stays None, and transformers copies the code that it loaded.
+    write_code = None
+
     vocab_size: int = 50257
     hidden_size: int = 768
     num_hidden_layers: int = 14
@@ -159,6 +164,12 @@ class MesaNetConfig(PreTrainedConfig):
             targets = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             targets.setdefault(self.model_type, LORA_TARGET_MODULES)
         return super().to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; a config with an `auto_map` is never saved without the code that it refers to."""
+        if self.write_code is not None and getattr(self, "auto_map", None):
+            self.write_code(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the ranges of all sizes and options."""

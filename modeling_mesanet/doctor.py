@@ -35,7 +35,7 @@ def diagnose() -> dict:
     checkpoint = _check_bundled_checkpoint()
     return {
         "ok": checkpoint["ok"] and all(entry["self_test"]["ok"] for entry in devices),
-        "versions": _versions(),
+        "versions": installed_versions(),
         "devices": devices,
         "checkpoint": checkpoint,
     }
@@ -122,7 +122,8 @@ def _run_steps(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def _versions() -> dict[str, str | None]:
+def installed_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter here, None for those that are not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in (*_PACKAGES, *_OPTIONAL_PACKAGES):
         try:

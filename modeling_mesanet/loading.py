@@ -96,7 +96,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
     if model_type != MesaNetConfig.model_type:
@@ -108,7 +108,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         return MesaNetConfig.from_pretrained(folder)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json is not valid ({_one_line(error)}); correct that field."
+            f"{argument} is '{folder}', whose config.json is not valid ({one_line(error)}); correct that field."
         ) from error
 
 
@@ -121,23 +121,31 @@ def read_headers(folder: Path, *, argument: str = "path") -> dict[str, TensorHea
         CheckpointError: there is no safetensors file, a shard is missing, or a file is truncated or of another format.
     """
     headers = {}
-    for file in _weight_files(folder, argument):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-                    tensor = weights.get_slice(name)
-                    headers[name] = TensorHeader(tuple(tensor.get_shape()), tensor.get_dtype())
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{argument} is '{folder}', whose index names {file.name}, which is missing; download or save the "
-                "checkpoint again."
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{argument} is '{folder}', whose {file.name} is truncated or not a safetensors file "
-                f"({_one_line(error)}); download or save the checkpoint again."
-            ) from error
+    for file in weight_files(folder, argument=argument):
+        headers |= read_header(file, argument=argument)
     return headers
+
+
+def read_header(file: Path, *, argument: str = "path") -> dict[str, TensorHeader]:
+    """`read_headers` of one safetensors file of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or of another format.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (it has no __iter__)
+            return {name: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{argument} is '{file.parent}', whose index names {file.name}, which is missing; download or save the "
+            "checkpoint again."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{argument} is '{file.parent}', whose {file.name} is truncated or not a safetensors file "
+            f"({one_line(error)}); download or save the checkpoint again."
+        ) from error
 
 
 def load_checkpoint(
@@ -208,7 +216,7 @@ def load_tokenizer(path: str | os.PathLike | None = None, *, argument: str = "pa
     # The tokenizers library reports a file that it cannot read as a bare Exception.
     except Exception as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose tokenizer cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose tokenizer cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
     if len(tokenizer) > config.vocab_size:
@@ -219,21 +227,38 @@ def load_tokenizer(path: str | os.PathLike | None = None, *, argument: str = "pa
     return tokenizer
 
 
-def _weight_files(folder: Path, argument: str) -> list[Path]:
-    if (folder / SAFE_WEIGHTS_NAME).exists():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+def weight_files(
+    folder: Path,
+    *,
+    single: str = SAFE_WEIGHTS_NAME,
+    index_name: str = SAFE_WEIGHTS_INDEX_NAME,
+    argument: str = "path",
+) -> list[Path]:
+    """The files that hold a checkpoint's weights: the one of the name `single`, or those that an index names.
+
+    Raises:
+        CheckpointError: there are neither, or the index cannot be read or names a file outside of the folder.
+    """
+    if (folder / single).exists():
+        return [folder / single]
+    index = folder / index_name
     if not index.exists():
         raise CheckpointError(
-            f"{argument} is '{folder}', which holds no {SAFE_WEIGHTS_NAME}; give a folder written by save_pretrained."
+            f"{argument} is '{folder}', which holds no {single}; give a folder written by save_pretrained."
         )
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if name != Path(name).name or "\\" in name or name in ("", ".."))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{argument} is '{folder}', whose {index.name} cannot be read ({_one_line(error)}); download or save the "
+            f"{argument} is '{folder}', whose {index.name} cannot be read ({one_line(error)}); download or save the "
             "checkpoint again."
         ) from error
+    if outside:
+        raise CheckpointError(
+            f"{argument} is '{folder}', whose {index.name} names '{outside[0]}', which is not a file of that folder; "
+            "get the checkpoint from a source that you trust."
+        )
     return [folder / name for name in sorted(names)]
 
 
@@ -248,7 +273,7 @@ def _without_loading_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message of `error` as part of a sentence; of a nested message only the cause, which comes last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^\w+Error: |\.$", "", lines[-1]) if lines else type(error).__name__

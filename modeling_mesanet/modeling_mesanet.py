@@ -7,7 +7,10 @@ Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size,
 import copy
 import math
 import weakref
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
 from .mesa import (
+    PadOrder,
+    SolverStats,
     add_linear,
+    check_solver,
     decode_layer,
     decodes_layer,
     fuses_linears,
@@ -40,10 +46,36 @@ from .mesa import (
     norm_linears,
     short_convolution,
 )
+from .rollback_mesanet import Consumed
 
 # At initialisation the heads of a layer forget at rates spread (evenly in the log) between these two, that is over
 # memories of about ten to a thousand tokens.
 INITIAL_FORGETTING = (1e-1, 1e-3)
+
+# What `cg_tolerance` and `cg_max_steps` are where the config decides: None already means that no token stops early.
+FROM_CONFIG = "config"
+
+
+class Solver(NamedTuple):
+    """How the Mesa layers of one forward pass solve: at most `max_steps` steps, until `tolerance` (None: all)."""
+
+    max_steps: int
+    tolerance: float | None
+    output_stats: bool
+
+
+@dataclass
+class MesaNetModelOutput(BaseModelOutputWithPast):
+    """`solver_stats`, with `output_solver_stats=True`: for each layer `steps` (int32) and `residual`, `[B, T, H]`."""
+
+    solver_stats: tuple[SolverStats, ...] | None = None
+
+
+@dataclass
+class MesaNetCausalLMOutput(CausalLMOutputWithPast):
+    """`solver_stats` as in `MesaNetModelOutput`."""
+
+    solver_stats: tuple[SolverStats, ...] | None = None
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -80,32 +112,6 @@ class MesaNetScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids) * self.embed_scale
-
-
-class PadOrder:
-    """Moves pads out of a convolution's sight.
-
-    The W - 1 remembered inputs of a convolution and the T new ones are reordered so that pads come first, then the
-    memory, then the real tokens: each real token then sees the real tokens before it, wherever pads stand.
-
-    Args:
-        mask: bool `[B, T]`, True for real tokens.
-        memory: W - 1, the number of remembered inputs.
-    """
-
-    def __init__(self, mask: torch.Tensor, memory: int):
-        extended = F.pad(mask, (memory, 0), value=True)
-        self.sorted = extended.int().argsort(dim=1, stable=True)
-        # Where each new token's output lies; a pad's may fall before the first output and reads any.
-        self.restored = (self.sorted.argsort(dim=1)[:, memory:] - memory).clamp_min(0)
-
-    def sort(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, channels, W - 1 + T]` into the order pads, memory, tokens."""
-        return x.gather(2, self.sorted.unsqueeze(1).expand_as(x))
-
-    def restore(self, y: torch.Tensor) -> torch.Tensor:
-        """Outputs `[B, channels, T]` back into the order of the tokens."""
-        return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
 
 
 class MesaNetShortConvolution(nn.Conv1d):
@@ -203,13 +209,19 @@ class MesaNetMixer(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        *,
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
         """Mix `hidden_states` `[B, T, d]` over time.
 
         Args:
             attention_mask: bool `[B, T]`, False for pads; None without pads.
             past_key_values: cache whose layer `layer_idx` is read and updated.
             cu_seqlens: bounds of packed sequences; excludes mask and cache.
+            solver: limits of the solver, and whether its steps and residuals are wanted.
+
+        Returns:
+            `[B, T, d]`, and the statistics where they are wanted.
         """
         cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         shape = hidden_states.shape
@@ -217,20 +229,24 @@ class MesaNetMixer(nn.Module):
             hidden_states = hidden_states.reshape(1, -1, shape[-1])
         config, length = self.config, hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        recording = cache is not None and cache.record_past
         in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
         if in_place:
             cache.make_writable()
         state = None if cache is None else cache.recurrent_state()
-        if in_place and state is not None and self.decodes_in_one_launch(hidden_states):
+        # One launch would keep to itself what taking the token back needs.
+        if in_place and state is not None and not recording and self.decodes_in_one_launch(hidden_states):
             gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
             with maybe_autocast(hidden_states.device.type, enabled=False):
                 beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
-            return self.o_proj(self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache))
+            o, stats = self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
+            return self.o_proj(o), stats
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
         def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
             return convolution(x, None if cache is None else cache.conv_state(slot), pads, cu_seqlens)
 
+        conv_inputs = [q, k] if self.v_conv is None else [q, k, v]
         q, q_state = convolve(self.q_conv, q, CONV_Q)
         k, k_state = convolve(self.k_conv, k, CONV_K)
         conv_states = [q_state, k_state]
@@ -241,9 +257,19 @@ class MesaNetMixer(nn.Module):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             beta, log_gamma = self.gates(hidden_states, attention_mask)
             lam = self.regularizer()
-        arguments = (*(x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v)), log_gamma, beta, lam)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        if recording:  # before the states change
+            consumed = Consumed(conv_inputs, k, v, log_gamma, beta, attention_mask)
+            cache.record(consumed, config.conv_kernel_size - 1, config.kernel_backend)
+        arguments = (q, k, v, log_gamma, beta, lam)
+        options = {
+            "max_steps": solver.max_steps,
+            "tolerance": solver.tolerance,
+            "output_stats": solver.output_stats,
+            "backend": config.kernel_backend,
+        }
         if in_place and state is not None:
-            output = mesa_step(*arguments, state, **self.solver(), backend=config.kernel_backend)
+            output = mesa_step(*arguments, state, **options)
         else:
             output = mesa_attention(
                 *arguments,
@@ -251,8 +277,7 @@ class MesaNetMixer(nn.Module):
                 output_final_state=cache is not None,
                 cu_seqlens=cu_seqlens,
                 chunk_size=config.chunk_size,
-                backend=config.kernel_backend,
-                **self.solver(),
+                **options,
             )
         if cache is not None:
             cache.write(conv_states, output.final_state, length)
@@ -261,14 +286,10 @@ class MesaNetMixer(nn.Module):
         if self.output_gate_proj is not None:
             gate = self.output_gate_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         o = self.o_norm(output.o, gate)
-        return self.o_proj(o.flatten(2)).reshape(shape)
-
-    def solver(self) -> dict:
-        """The solver's `max_steps` and `tolerance`, which training and inference have of their own."""
-        config = self.config
-        if self.training:
-            return {"max_steps": config.cg_max_steps_training, "tolerance": config.cg_tolerance_training}
-        return {"max_steps": config.cg_max_steps, "tolerance": config.cg_tolerance}
+        stats = output.stats
+        if stats is not None:  # packed rows lie in one
+            stats = SolverStats(*(values.detach().reshape(*shape[:2], self.num_heads) for values in stats))
+        return self.o_proj(o.flatten(2)).reshape(shape), stats
 
     def input_weights(self) -> tuple[list[torch.Tensor], int]:
         """The weights of all projections of the layer's input, and how many come before those of the gates."""
@@ -298,15 +319,16 @@ class MesaNetMixer(nn.Module):
         gamma_logit: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: MesaNetCacheLayer,
-    ) -> torch.Tensor:
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
         """One token from its projections up to the output projection, `[B, 1, H * V]`; updates `cache` in place."""
         config, convolutions = self.config, (self.q_conv, self.k_conv, self.v_conv)
-        state, solver = cache.recurrent_state(), self.solver()
+        state = cache.recurrent_state()
         conv_states = [
             None if convolution is None else cache.conv_state(slot)
             for slot, convolution in zip((CONV_Q, CONV_K, CONV_V), convolutions, strict=True)
         ]
-        o = decode_layer(
+        o, *stats = decode_layer(
             q,
             k,
             v,
@@ -324,11 +346,12 @@ class MesaNetMixer(nn.Module):
             config.forget_gate_bound,
             config.lambda_lower_bound,
             config.rms_norm_eps,
-            solver["max_steps"],
-            solver["tolerance"],
+            solver.max_steps,
+            solver.tolerance,
+            output_stats=solver.output_stats,
         )
         cache.write([held for held in conv_states if held is not None], state, 1)
-        return o
+        return o, SolverStats(*(values.unsqueeze(1) for values in stats)) if solver.output_stats else None
 
 
 class MesaNetMLP(nn.Module):
@@ -430,14 +453,25 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        *,
+        solver: Solver,
         **kwargs,
-    ) -> torch.Tensor:
-        """Arguments as in `MesaNetMixer.forward`; further ones are accepted for transformers' sake."""
+    ) -> torch.Tensor | tuple[torch.Tensor, SolverStats]:
+        """Arguments as in `MesaNetMixer.forward`; further ones are accepted for transformers' sake.
+
+        Returns:
+            `[B, T, d]`; paired with the solver's statistics where they are wanted.
+        """
         if past_key_values is not None and self.decodes_in_five_launches(hidden_states, past_key_values):
-            return self.decode(hidden_states, attention_mask, past_key_values.layers[self.mixer.layer_idx])
-        mixed = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens)
+            cache = past_key_values.layers[self.mixer.layer_idx]
+            hidden_states, stats = self.decode(hidden_states, attention_mask, cache, solver)
+            return hidden_states if stats is None else (hidden_states, stats)
+        mixed, stats = self.mixer(
+            self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens, solver=solver
+        )
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states if stats is None else (hidden_states, stats)
 
     def decodes_in_five_launches(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
         """Whether `decode` may stand for the modules: one token, no gradients, a GPU, and nobody else has a say."""
@@ -446,7 +480,8 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
             return False
         if not mixer.decodes_in_one_launch(hidden_states):
             return False
-        if past_key_values.layers[mixer.layer_idx].recurrent_state() is None:
+        cache = past_key_values.layers[mixer.layer_idx]
+        if cache.record_past or cache.recurrent_state() is None:
             return False
         if torch.is_autocast_enabled(hidden_states.device.type) or not self.is_unchanged(hidden_states):
             return False
@@ -471,8 +506,12 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         return all(weight.dtype == dtype and weight.device == device for weight in found.weights)
 
     def decode(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: MesaNetCacheLayer
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: MesaNetCacheLayer,
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
         """One token in five launches; updates `cache` in place. Rounds where the modules do."""
         mixer, mlp = self.mixer, self.mlp
         cache.make_writable()
@@ -480,11 +519,11 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         norm = self.mixer_norm
         *values, beta_logit, gamma_logit = norm_linears(hidden_states, norm.weight, norm.eps, weights, rounded)
         q, k, v, gate = values if len(values) == 4 else (*values, None)
-        o = mixer.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache)
+        o, stats = mixer.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
         hidden_states = add_linear(o, mixer.o_proj.weight, hidden_states)
         norm = self.mlp_norm
         gated = norm_gated_linears(hidden_states, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
-        return add_linear(gated, mlp.down_proj.weight, hidden_states)
+        return add_linear(gated, mlp.down_proj.weight, hidden_states), stats
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):
@@ -497,11 +536,39 @@ class MesaNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MesaNetDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
-    # Decoding methods that take tokens back would need the state before them: transformers refuses them.
-    _is_stateful = True
+    # The cache can take drafted tokens back, so transformers need not refuse decoding methods that draft.
+    _is_stateful = False
     _keep_in_fp32_modules_strict = ["beta_bias", "gamma_bias", "lambda_param"]
     # No layer computes attention weights: `output_attentions` gives an empty tuple.
     _can_record_outputs = {"hidden_states": MesaNetDecoderLayer, "attentions": []}
+
+    @contextmanager
+    def solver(
+        self,
+        *,
+        cg_tolerance: float | Literal["config"] | None = FROM_CONFIG,
+        cg_max_steps: int | Literal["config"] = FROM_CONFIG,
+    ) -> Iterator[None]:
+        """While the block runs, this model solves within these limits, in training mode and out of it.
+
+        Blocks may be nested; what a call of the model or of `generate()` says itself comes first. The limits belong to
+        the model, so they hold for its other threads too.
+
+        Args:
+            cg_tolerance: relative residual at which a token stops, in (0, 1); None runs all steps.
+            cg_max_steps: largest number of steps, >= 0; 0 leaves the solver out.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        limits = check_limits(cg_tolerance=cg_tolerance, cg_max_steps=cg_max_steps)
+        model = self.base_model
+        outer = model.solver_limits
+        model.solver_limits = outer | limits
+        try:
+            yield
+        finally:
+            model.solver_limits = outer
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -537,6 +604,8 @@ class MesaNetModel(MesaNetPreTrainedModel):
         self.layers = nn.ModuleList(MesaNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
         self.gradient_checkpointing = False
+        # What `solver()` sets while its block runs.
+        self.solver_limits: dict[str, float | int | None] = {}
         self.post_init()
 
     @merge_with_config_defaults
@@ -549,8 +618,11 @@ class MesaNetModel(MesaNetPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cg_tolerance: float | Literal["config"] | None = FROM_CONFIG,
+        cg_max_steps: int | Literal["config"] = FROM_CONFIG,
+        output_solver_stats: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MesaNetModelOutput:
         r"""
         Args:
             input_ids: tokens `[B, T]`; give these or `inputs_embeds`.
@@ -561,6 +633,10 @@ class MesaNetModel(MesaNetPreTrainedModel):
             past_key_values: state to continue from, updated in place.
             inputs_embeds: embeddings `[B, T, d]`, as `get_input_embeddings()` makes them: with the embedding scale.
             use_cache: return the state; never started by itself in training mode or for packed sequences.
+            cg_tolerance: relative residual at which the solver stops for a token, in (0, 1), None to run all steps;
+                left out, what `solver()` says, or else the config (for the mode, training or not).
+            cg_max_steps: largest number of solver steps, >= 0, 0 to leave the solver out; left out, the same.
+            output_solver_stats: return `solver_stats`: each layer's, token's and head's steps and residuals.
             kwargs: `cu_seq_lens_q` `[S + 1]` or `seq_idx` `[B, T]` mark packed sequences explicitly.
 
         Raises:
@@ -568,6 +644,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        solver = self._solver(cg_tolerance, cg_max_steps, output_solver_stats)
         check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         if past_key_values is not None:
             upgrade_cache(past_key_values, self.config)
@@ -578,16 +655,40 @@ class MesaNetModel(MesaNetPreTrainedModel):
             past_key_values = upgrade_cache(DynamicCache(config=self.config), self.config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        solver_stats = []
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 cu_seqlens=cu_seqlens,
+                solver=solver,
             )
+            if isinstance(hidden_states, tuple):
+                hidden_states, stats = hidden_states
+                solver_stats.append(stats)
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        return MesaNetModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            solver_stats=tuple(solver_stats) if output_solver_stats else None,
+        )
+
+    def _solver(
+        self,
+        cg_tolerance: float | Literal["config"] | None,
+        cg_max_steps: int | Literal["config"],
+        output_solver_stats: bool,
+    ) -> Solver:
+        """The solver of one call: what its arguments say, or else `solver()`, or else the config."""
+        config, limits = self.config, self.solver_limits
+        if cg_tolerance != FROM_CONFIG or cg_max_steps != FROM_CONFIG:
+            limits = limits | check_limits(cg_tolerance=cg_tolerance, cg_max_steps=cg_max_steps)
+        own_steps, own_tolerance = config.cg_max_steps, config.cg_tolerance
+        if self.training:
+            own_steps, own_tolerance = config.cg_max_steps_training, config.cg_tolerance_training
+        return Solver(
+            limits.get("cg_max_steps", own_steps), limits.get("cg_tolerance", own_tolerance), output_solver_stats
         )
 
 
@@ -616,8 +717,11 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cg_tolerance: float | Literal["config"] | None = FROM_CONFIG,
+        cg_max_steps: int | Literal["config"] = FROM_CONFIG,
+        output_solver_stats: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MesaNetCausalLMOutput:
         r"""
         Args:
             labels: `[B, T]`, shifted inside; -100 is ignored.
@@ -636,6 +740,9 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cg_tolerance=cg_tolerance,
+            cg_max_steps=cg_max_steps,
+            output_solver_stats=output_solver_stats,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -646,13 +753,48 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return MesaNetCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            solver_stats=outputs.solver_stats,
         )
+
+    def generate(self, *args, output_solver_stats: bool = False, **kwargs):
+        """transformers' `generate()`, which here also takes the solver's limits and returns its statistics.
+
+        Args:
+            args, kwargs: those of `GenerationMixin.generate`; further `cg_tolerance` and `cg_max_steps`, as in
+                `MesaNetModel.forward`.
+            output_solver_stats: with `return_dict_in_generate=True`, add `solver_stats` to the output: what each
+                forward pass returns (of the prompt, then of each token but the last), as in `hidden_states`. A prompt
+                is then not read in chunks.
+
+        Raises:
+            ValueError: a limit is out of range, or statistics are asked for without `return_dict_in_generate=True`.
+        """
+        check_limits(**{name: kwargs[name] for name in ("cg_tolerance", "cg_max_steps") if name in kwargs})
+        if not output_solver_stats:
+            return super().generate(*args, **kwargs)
+        settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        if not kwargs.get("return_dict_in_generate", settings.return_dict_in_generate):
+            raise ValueError(
+                "output_solver_stats is True, but generate() returns tokens alone; pass return_dict_in_generate=True."
+            )
+        record = []
+        output = super().generate(*args, output_solver_stats=True, solver_record=record, **kwargs)
+        output["solver_stats"] = tuple(record)
+        return output
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        # Called after every forward pass: the one place where all ways of decoding hand out what the model returned.
+        if model_kwargs.get("solver_record") is not None:
+            # Copies, since a CUDA graph writes the next token's over them.
+            stats = tuple(SolverStats(*(values.clone() for values in layer)) for layer in outputs.solver_stats)
+            model_kwargs["solver_record"].append(stats)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _prepare_model_inputs(self, *args, **kwargs):
         # The first step of `generate` that sees the prompt: later ones stumble over an empty one, and drop a mask of
@@ -665,31 +807,102 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
         return inputs, name, model_kwargs
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the entrance of `generate_batch` and of the server's continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch and continuous batching keep keys and values in pages, which a recurrent state has not; "
+            "use generate() with a padded batch (and the server without --continuous-batching)."
+        )
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused, as `init_continuous_batching`."""
+        self.init_continuous_batching()
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation in ("quantized", "paged"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}, which stores keys and values; a "
+                "recurrent state has none and stays small, so leave it out or use 'static'."
+            )
+        given = model_kwargs.get("past_key_values")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            upgrade_cache(model_kwargs["past_key_values"], self.config)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if cache is not given:
+                # While a model drafts with its first layers, transformers 5.17 makes a cache for all of them.
+                del cache.layers[self.config.num_hidden_layers :]
+            upgrade_cache(cache, self.config)
         return result
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get("past_key_values")
-        continued = cache is not None and cache.get_seq_length() > 0
-        if generation_config.prefill_chunk_size and (continued or model_kwargs.get("inputs_embeds") is not None):
-            # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when there
-            # are no others) and passes over embeddings (5.17).
+        if generation_config.prefill_chunk_size:
             generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
+            # Only the step of one token is worth compiling: every length of a last chunk would be compiled anew, and
+            # states that a graph makes lie in the memory that its next run writes to.
+            generation_config.disable_compile = True
+            continued = cache is not None and cache.get_seq_length() > 0
+            whole = continued or model_kwargs.get("inputs_embeds") is not None
+            if whole or model_kwargs.get("solver_record") is not None:
+                # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when
+                # there are no others), passes over embeddings (5.17), and keeps the last chunk's outputs only.
+                generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    # `generate` takes inputs_embeds only from models that name the argument here.
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
-        past_key_values = kwargs.get("past_key_values")
-        continued = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if continued and next_sequence_length is not None and next_sequence_length <= 0:
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        generation_config = kwargs["generation_config"]
+        exit_layer, layers = generation_config.assistant_early_exit, self.config.num_hidden_layers
+        if exit_layer is not None and not 1 <= exit_layer < layers:
+            # transformers would change the config first, fail, and leave it changed.
             raise ValueError(
-                f"input_ids ends {-int(next_sequence_length)} tokens before the end of what past_key_values already "
-                "holds; pass all tokens, the cached ones included, or the new ones with an attention_mask over all."
+                f"assistant_early_exit is {exit_layer}; a model of {layers} layers drafts with 1 to {layers - 1}."
             )
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length:
+            # transformers' loop was written for a cache that is empty. It cuts the mask to the length of input_ids,
+            # which are all tokens or the new ones: here they keep a mask, by which `prepare_inputs_for_generation`
+            # knows all tokens, or do without.
+            length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if length <= input_ids.shape[1]:
+                check_new_tokens(input_ids.shape[1] - past_length)
+                kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+            elif mask is not None and not mask[:, -input_ids.shape[1] :].all():
+                raise ValueError(
+                    "attention_mask marks pads among new tokens that continue past_key_values; leave the pads out, "
+                    "since decoding with drafted tokens takes one sequence at a time."
+                )
+            else:
+                kwargs.pop("attention_mask", None)
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            # transformers switches this on and leaves it: the user's cache would go on recording.
+            if cache is not None:
+                for layer in cache.layers:
+                    layer.stop_recording()
+
+    # `generate` takes inputs_embeds, and what forward does not know, only from models that name the argument here.
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, solver_record=None, **kwargs
+    ):
+        past_key_values = kwargs.get("past_key_values")
+        # The cache's length is read only where it matters, not at a step of stock decoding: that waits for the device.
+        if next_sequence_length is None:
+            mask = kwargs.get("attention_mask")
+            length = 0
+            if past_key_values is not None and mask is not None and mask.shape == input_ids.shape:
+                length = int(past_key_values.get_seq_length())
+            if length > 0:
+                # All tokens, from decoding with drafted ones, which leaves it to the model to drop those in the cache.
+                next_sequence_length = input_ids.shape[1] - length
+                check_new_tokens(next_sequence_length)
+        elif next_sequence_length <= 0 and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            check_new_tokens(int(next_sequence_length))
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -697,6 +910,35 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
 
 class MesaNetForSequenceClassification(GenericForSequenceClassification, MesaNetPreTrainedModel):
     """The decoder with a classification head on the last token that is no pad."""
+
+    def __init__(self, config: MesaNetConfig):
+        # Not the generic class's own, which asks AutoModel for the decoder: that refuses code that came with a
+        # checkpoint, since it does not know that this has been trusted.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MesaNetModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+def check_limits(
+    *,
+    cg_tolerance: float | Literal["config"] | None = FROM_CONFIG,
+    cg_max_steps: int | Literal["config"] = FROM_CONFIG,
+) -> dict[str, float | int | None]:
+    """Those of the solver's limits that are given, validated.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    # A number in range stands in for what is not given.
+    max_steps, tolerance = check_solver(
+        0 if cg_max_steps == FROM_CONFIG else cg_max_steps,
+        None if cg_tolerance == FROM_CONFIG else cg_tolerance,
+        prefix="cg_",
+    )
+    given = {} if cg_max_steps == FROM_CONFIG else {"cg_max_steps": max_steps}
+    return given if cg_tolerance == FROM_CONFIG else given | {"cg_tolerance": tolerance}
 
 
 def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int) -> None:
@@ -723,6 +965,19 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         raise ValueError("inputs_embeds contains NaN or infinite values; they would spoil the recurrent state.")
 
 
+def check_new_tokens(new: int) -> None:
+    """Refuse a prompt of which `new` tokens go beyond the cache, unless that is at least one.
+
+    Raises:
+        ValueError: as above.
+    """
+    if new <= 0:
+        raise ValueError(
+            f"input_ids ends {-new} tokens before the end of what past_key_values already holds; pass all tokens, the "
+            "cached ones included, or the new ones with an attention_mask over all."
+        )
+
+
 def local_mask(
     attention_mask: torch.Tensor | dict | None, batch: int, length: int, past_key_values: Cache | None
 ) -> torch.Tensor | None:
@@ -743,25 +998,33 @@ def local_mask(
         attention_mask = attention_mask["linear_attention"]
     if attention_mask is None:
         return None
-    tracing = torch.compiler.is_compiling()
-    # A counter read into a graph would be a new constant at every token.
-    past_length = 0 if past_key_values is None or tracing else cached_length(past_key_values)
+    unread = stays_unread(length, attention_mask.device)
+    past_length = None if unread else 0 if past_key_values is None else cached_length(past_key_values)
     check_mask(attention_mask, batch, length, past_length)
     mask = attention_mask[:, -length:].bool()
-    return None if not tracing and mask.all() else mask
+    return mask if unread or not mask.all() else None
 
 
-def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int) -> None:
+def stays_unread(length: int, device: torch.device) -> bool:
+    """Whether values of mask and counter are not to be looked at: in a graph they would be a new constant at every
+    token, and on an accelerator each token would wait for them.
+    """
+    return torch.compiler.is_compiling() or (length == 1 and device.type != "cpu")
+
+
+def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int | None) -> None:
     """Refuse a mask that covers neither the new tokens nor the cached and the new ones.
+
+    Without a `past_length`, which may be too dear to read, it may cover any number of cached ones.
 
     Raises:
         ValueError: as above.
     """
     if attention_mask is None:
         return
-    shape, widths = attention_mask.shape, sorted({length, past_length + length})
+    shape, widths = attention_mask.shape, sorted({length, (past_length or 0) + length})
     fits = len(shape) == 2 and shape[0] == batch
-    if not fits or (shape[1] < length if torch.compiler.is_compiling() else shape[1] not in widths):
+    if not fits or (shape[1] < length if past_length is None else shape[1] not in widths):
         expected = " or ".join(str((batch, width)) for width in widths)
         raise ValueError(
             f"attention_mask has shape {tuple(shape)}; for these inputs it must be {expected} (one entry a token, the "

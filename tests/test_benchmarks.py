@@ -289,3 +289,23 @@ def test_unequal_sums_are_found():
     assert unequal_sums(shuffle + "fma.rn.f32 %r3, %r0, %r0, %r2;") == ["%r3"]
     assert unequal_sums(shuffle + "add.f32 \t%r3, %r1, %r2;") == ["%r3"]
     assert unequal_sums(shuffle.replace("mul", "add") + "add.f32 %r3, %r1, %r2;") == []
+
+
+def test_drafted_tokens_are_timed_and_compared(scripts, tmp_path, monkeypatch):
+    import speculative_decoding
+
+    from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    config = MesaNetConfig(vocab_size=6144, value_head_dim=16, intermediate_size=64, **sizes)
+    monkeypatch.setattr(MesaNetForCausalLM, "from_pretrained", lambda *_, **__: MesaNetForCausalLM(config))
+    options = {"device": "cpu", "models": "bundled", "dtype": "float32", "threads": 1, "revision": "abc"}
+    speculative_decoding.main(**options, new_tokens=12, prompts=1, repeats=1, output=tmp_path)
+    results = json.loads((tmp_path / "speculative_decoding.json").read_text(encoding="utf-8"))
+    rows, steps = results["models"]["bundled"].values()
+    assert all(row["same_tokens"] == row["tokens"] == 12 for row in rows)
+    assert (rows[0]["ratio"], rows[0]["tokens_per_step"]) == (1.0, 1.0)
+    # Random weights repeat one token, which prompt lookup finds.
+    assert rows[2]["tokens_per_step"] > 1.3
+    assert all(0 < row[name] < math.inf for row in steps for name in ("plain_ms", "rollback_ms"))
+    assert results["revision"] == "abc"

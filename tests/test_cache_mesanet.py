@@ -454,12 +454,3 @@ def test_a_token_outside_the_vocabulary_leaves_the_cache_untouched(tiny_model):
     with pytest.raises(IndexError):
         model(torch.full((3, 2), 97), past_key_values=cache)
     assert_unchanged(cache, before)
-
-
-@pytest.mark.parametrize("tokens", [-1, -3])
-def test_cropping_is_refused_and_leaves_the_cache_untouched(exact_model, tokens):
-    cache, _ = filled(exact_model)
-    before = snapshot(cache)
-    with pytest.raises(NotImplementedError, match=r"cannot be cropped: .*copy\.deepcopy"):
-        cache.crop(tokens)
-    assert_unchanged(cache, before)

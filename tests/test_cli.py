@@ -262,6 +262,12 @@ class TestMistakes:
         (copy / "model.safetensors.index.json").write_text("{}")
         assert "model.safetensors.index.json cannot be read" in refuse("generate", "--model", copy)
 
+    @pytest.mark.parametrize("name", ["../weights.safetensors", "/weights.safetensors", "..", "a\\b.safetensors"])
+    def test_index_that_leaves_the_folder(self, copy, name):
+        (copy / "model.safetensors").rename(copy.parent / "weights.safetensors")
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert f"names '{name}', which is not a file of that folder" in refuse("info", copy)
+
     @pytest.mark.parametrize(("content", "words"), [(None, "holds no tokenizer.json"), ("{}", "cannot be read")])
     def test_bad_tokenizer(self, copy, content, words):
         if content is None:
@@ -520,6 +526,75 @@ class TestLoading:
         assert model.config.vocab_size >= len(tokenizer)
 
 
+class TestPrefill:
+    TEXT = (SENTENCE + "\n") * 40
+
+    @pytest.fixture
+    def file(self, tmp_path) -> Path:
+        path = tmp_path / "long.txt"
+        path.write_text(self.TEXT, encoding="utf-8")
+        return path
+
+    def prefill(self, folder, *arguments, stdin=None) -> str:
+        result = invoke("prefill", "--model", folder, *arguments, stdin=stdin)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == ""
+        return result.stderr
+
+    def test_going_on_from_a_state_equals_going_on_from_the_text(self, checkpoint, file, tmp_path):
+        state, options = tmp_path / "state", ("--temperature", 0, "--max-new-tokens", 12, "--no-echo")
+        message = self.prefill(checkpoint, file, "-o", state, "--chunk-tokens", 100)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokens = len(tokenizer(self.TEXT.removesuffix("\n"))["input_ids"])
+        assert message == f"{state}: the state after {tokens:,} tokens, {state.stat().st_size:,} bytes\n"
+        more = tmp_path / "more.txt"
+        for new in (" and so on", "\n" + SENTENCE):
+            more.write_text(self.TEXT.removesuffix("\n") + new, encoding="utf-8")
+            expected = generate(checkpoint, "--prompt-file", more, *options)
+            assert generate(checkpoint, "--state", state, "--prompt", new, *options) == expected
+        more.write_text(self.TEXT + "\n", encoding="utf-8")  # of which generate drops the last newline
+        expected = generate(checkpoint, "--prompt-file", more, *options)
+        assert generate(checkpoint, "--state", state, *options) == expected
+
+    def test_standard_input(self, checkpoint, file, tmp_path):
+        self.prefill(checkpoint, file, "--output", tmp_path / "a")
+        script = f"{sys.executable} -m modeling_mesanet.cli prefill - -o {tmp_path / 'b'} -m {checkpoint} < {file}"
+        subprocess.run(script, shell=True, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_mistakes_get_one_sentence(self, checkpoint, file, tmp_path):
+        broken, empty = tmp_path / "broken.txt", tmp_path / "empty.txt"
+        broken.write_bytes(b"abc \xff\xfe def" * 10)
+        empty.write_text("\n")
+        output = tmp_path / "state"
+        for source, target, message in (
+            (tmp_path / "absent.txt", output, "does not exist; give the path of a text file"),
+            (tmp_path, output, "cannot be read"),
+            (broken, output, "is not UTF-8 text"),
+            (empty, output, "holds no text"),
+            (file, tmp_path, "which is no file in a folder that exists"),
+            (file, tmp_path / "absent" / "state", "which is no file in a folder that exists"),
+        ):
+            assert message in refuse("prefill", source, "-o", target, "-m", checkpoint)
+        assert not output.exists()
+
+    def test_a_state_that_does_not_fit_is_refused(self, checkpoint, copy, file, tmp_path):
+        state = tmp_path / "state"
+        self.prefill(checkpoint, file, "-o", state)
+        weights = load_file(copy / "model.safetensors")
+        next(iter(weights.values())).add_(1)
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        for arguments, message in (
+            (("--state", tmp_path / "absent"), "--state is '"),
+            (("--state", file), "not a safetensors file"),
+            (("--state", state, "--dtype", "bfloat16"), "load the model with dtype float32"),
+        ):
+            assert message in refuse("generate", *arguments, "-m", checkpoint)
+        assert "a model with other weights" in refuse("generate", "--state", state, "-m", copy)
+
+
 def test_version_is_the_one_in_pyproject():
     pyproject = Path(__file__).parents[1] / "pyproject.toml"
     version = tomllib.loads(pyproject.read_text())["project"]["version"]
@@ -530,7 +605,9 @@ def test_version_is_the_one_in_pyproject():
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(name in result.stdout for name in ("generate", "doctor", "info"))
+    commands = ("generate", "prefill", "doctor", "info", "convert", "export", "card", "push")
+    commands += ("eval", "perplexity", "compute-sweep", "synthetic")
+    assert all(name in result.stdout for name in commands)
 
 
 def test_a_temperature_too_small_for_float32_is_a_usage_error():

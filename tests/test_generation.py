@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
 )
+from transformers.integrations import executorch
 
-from modeling_mesanet import MesaNetForCausalLM
+from modeling_mesanet import MesaNetForCausalLM, modeling_mesanet
 from modeling_mesanet.cache_mesanet import MesaNetCacheLayer
+from modeling_mesanet.mesa import mesa_solver
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -307,17 +308,118 @@ def test_one_graph_serves_every_step_prompt_and_padding(model, dynamo):
     assert not dynamo["graph_break"]
 
 
+def compiling(backend) -> dict:
+    """Arguments by which `generate` compiles its step on a CPU too."""
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True  # transformers' own switch
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
 def test_generate_compiles_its_step_once(model, dynamo):
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    compile_config._compile_all_devices = True  # transformers' own switch for compiling on CPU
     for length, pads in ((5, 0), (9, 0), (9, 4)):
         input_ids, mask = random_ids(2, length, seed=length), torch.ones(2, length).long()
         mask[1, :pads] = 0
         arguments = {"input_ids": input_ids, "attention_mask": mask, **GREEDY}
-        tokens = model.generate(cache_implementation="static", compile_config=compile_config, **arguments)
+        tokens = model.generate(**compiling("eager"), **arguments)
         assert torch.equal(tokens, model.generate(use_cache=False, **arguments))
     assert dynamo["stats"]["unique_graphs"] == 1
     assert not dynamo["graph_break"]
+
+
+@torch.no_grad()
+def test_solver_arguments_in_a_full_graph(model, dynamo):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    input_ids = random_ids(2, 9)
+    for limits in ({"cg_tolerance": 1e-1}, {"cg_tolerance": 1e-3}, {"cg_tolerance": None, "cg_max_steps": 4}):
+        actual = compiled(input_ids, output_solver_stats=True, **limits)
+        expected = model(input_ids, output_solver_stats=True, **limits)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        assert all(
+            torch.equal(a.steps, b.steps) for a, b in zip(actual.solver_stats, expected.solver_stats, strict=True)
+        )
+    assert not dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+def test_chunks_of_a_prompt_are_not_compiled(model, dynamo, chunk):
+    for length in (9, 12):
+        input_ids = random_ids(2, length, seed=length)
+        tokens = model.generate(input_ids, prefill_chunk_size=chunk, **compiling("eager"), **GREEDY)
+        assert torch.equal(tokens, greedy(model, input_ids)[0])
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_sampling_and_continuation_take_the_same_compiled_step(model, dynamo):
+    input_ids = random_ids(2, 9)
+    arguments = {key: value for key, value in compiling("eager").items() if key == "compile_config"}
+    model.generate(input_ids, **compiling("eager"), **GREEDY)
+    sampled = []
+    for options in (compiling("eager"), {}):
+        torch.manual_seed(0)
+        sampled.append(model.generate(input_ids, do_sample=True, max_new_tokens=NEW, **options))
+    assert torch.equal(*sampled)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    tokens = random_ids(2, 4, seed=3)
+    for _ in range(2):
+        full = torch.cat([tokens, random_ids(2, 5, seed=4)], dim=1)
+        tokens = model.generate(full, past_key_values=cache, **arguments, **GREEDY)
+        assert torch.equal(tokens, greedy(model, full)[0])
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_step_updates_the_states_where_they_are(model, dynamo):
+    """CUDA graphs refuse states that move, and a copy of them would take as long as the step itself."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, [id(tensor) for tensor in inputs]))
+        return graph.forward
+
+    input_ids = random_ids(2, 9)
+    output = model.generate(input_ids, return_dict_in_generate=True, **compiling(backend), **GREEDY)
+    ((graph, inputs),) = graphs
+    states = [state for layer in output.past_key_values.layers for state in layer.recurrent_states.values()]
+    places = graph.graph.find_nodes(op="placeholder")
+    of_states = [places[inputs.index(id(state))] for state in states]
+    for node in of_states:
+        assert [str(user.target) for user in node.users] == ["modeling_mesanet.decode_step.default"]
+    held = [*states, *(state for layer in output.past_key_values.layers for state in layer.conv_states.values())]
+    held += [layer.seen_tokens for layer in output.past_key_values.layers]
+    assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in held)
+    # What a graph returns besides logits would be assigned to the cache, and overwritten by the next run.
+    (returned,) = graph.graph.find_nodes(op="output")[0].args
+    assert len(returned) == 1
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts the values that are read from tensors into Python, for which an accelerator would have to be awaited."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_reads_nothing_from_the_device_but_whether_to_stop(model, monkeypatch, static):
+    # The torch path stops its solver early by such a read; the kernel of a GPU does that by itself.
+    monkeypatch.setattr(mesa_solver, "any_active", lambda *arguments: True)
+    # As on an accelerator.
+    monkeypatch.setattr(modeling_mesanet, "stays_unread", lambda length, device: length == 1)
+    input_ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
+    mask[0, :3] = 0
+    expected = greedy(model, input_ids[:1, 3:])[0][0, 6:]
+    options = {"cache_implementation": "static"} if static else {}
+    reads = []
+    for new in (4, 12):
+        with DeviceReads() as counted:
+            tokens = model.generate(input_ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+        reads.append(counted.count)
+        assert torch.equal(tokens[0, 9 : 9 + NEW], expected[:new])
+    assert reads[1] - reads[0] == 8, "one a token: transformers' own"
 
 
 def test_training_and_prefill_compile_in_one_graph(tiny_model, dynamo):
@@ -376,23 +478,108 @@ def test_a_cache_without_a_config_is_refused(model):
     assert not cache.layers
 
 
-def test_decoding_that_takes_tokens_back_is_refused(model):
-    input_ids = random_ids(1, 9)
-    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="stateful models"):
-            model.generate(input_ids, **options, **GREEDY)
-    llama = LlamaConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        LlamaForCausalLM(llama).eval().generate(input_ids, assistant_model=model, **GREEDY)
-
-
 def test_paged_and_quantized_caches_are_refused(model):
-    with pytest.raises(ValueError, match="linear_attention"):
+    with pytest.raises(ValueError, match=r"cache_implementation is 'quantized', which .* leave it out"):
         model.generate(random_ids(1, 5), cache_implementation="quantized", **GREEDY)
-    with pytest.raises(ValueError, match="linear_attention"):
-        model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+    settings = GenerationConfig(max_new_tokens=2, eos_token_id=-1)
+    for refused in (
+        lambda: model.generate_batch([[1, 2, 3]], generation_config=settings),
+        lambda: model.init_continuous_batching(generation_config=settings),
+        lambda: model.continuous_batching_context_manager(generation_config=settings).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"which a recurrent state has not; use generate\(\) with a padded batch"):
+            refused()
+
+
+def test_what_transformers_itself_refuses(model):
+    """Nothing of the model runs before these end, so the sentences are transformers'."""
+    if hasattr(type(model), "supports_context_parallel"):  # newer than the oldest transformers
+        assert not model.supports_context_parallel
+    with pytest.raises(RuntimeError, match="should be applied to DynamicCache containing only"):
+        executorch.export_with_dynamic_cache(model, random_ids(1, 5), torch.ones(1, 5).long())
+    exported = copy.deepcopy(model)
+    exported.generation_config = GenerationConfig(cache_implementation="static", use_cache=True)
+    with pytest.raises(AttributeError, match="'LinearAttentionLayer' object has no attribute"):
+        executorch.TorchExportableModuleForDecoderOnlyLM(exported, batch_size=1, max_cache_len=16)
+
+
+# ------------------------------------------------------------------------------------------------- solver
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_solver_statistics_of_every_token(model, options):
+    arguments = {"output_solver_stats": True, "return_dict_in_generate": True, **GREEDY, **options}
+    output = model.generate(random_ids(2, 5), cg_tolerance=1e-3, **arguments)
+    widths = [5, *([1] * (NEW - 1))] if "use_cache" not in options else range(5, 5 + NEW)
+    assert [[layer.steps.shape for layer in passed] for passed in output.solver_stats] == [
+        [(2, width, 2)] * 2 for width in widths
+    ]
+    whole = model(output.sequences[:, :-1], cg_tolerance=1e-3, output_solver_stats=True).solver_stats
+    for layer in range(2):
+        for index in range(2):  # steps, residual
+            last = [passed[layer][index][:, -1] for passed in output.solver_stats]
+            torch.testing.assert_close(torch.stack(last, dim=1), whole[layer][index][:, 4:], rtol=1e-6, atol=1e-9)
+    assert max(layer.residual.max() for layer in whole) <= 1e-3
+    # Each way to read a prompt tells of all of it.
+    chunked = (
+        model.generate(random_ids(2, 5), cg_tolerance=1e-3, prefill_chunk_size=2, **arguments)
+        if not options
+        else output
+    )
+    assert chunked.solver_stats[0][0].steps.shape == (2, 5, 2)
+
+
+def test_solver_limits_of_generate_and_of_a_block(model):
+    def steps(**options) -> int:
+        arguments = {"output_solver_stats": True, "return_dict_in_generate": True, **GREEDY, **options}
+        stats = model.generate(random_ids(1, 5), **arguments).solver_stats
+        return max(int(layer.steps.max()) for passed in stats for layer in passed)
+
+    free = steps()
+    assert free > 6
+    assert steps(cg_max_steps=3) == 3
+    assert steps(cg_tolerance=1e-1) < steps(cg_tolerance=1e-4) < free
+    with model.solver(cg_max_steps=5):
+        assert steps() == 5
+        assert steps(cg_max_steps=2) == 2, "what a call says comes first"
+        with model.solver(cg_tolerance=0.5):
+            assert steps() < 5
+        assert steps() == 5
+    assert steps() == free
+
+
+def test_solver_limits_reach_beams_and_samples(model):
+    options = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
+    assert torch.equal(
+        model.generate(random_ids(2, 9), cg_max_steps=0, **options),
+        model.generate(random_ids(2, 9), cg_max_steps=0, use_cache=False, **options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cg_tolerance": 2}, "cg_tolerance is 2; it must lie between 0 and 1"),
+        ({"cg_tolerance": "tight"}, "cg_tolerance is 'tight'; it must lie between 0 and 1"),
+        ({"cg_tolerance": float("nan")}, "cg_tolerance is nan; it must lie between 0 and 1"),
+        ({"cg_max_steps": -1}, "cg_max_steps is -1; it must be a whole number of at least 0"),
+        ({"cg_max_steps": None}, "cg_max_steps is None; it must be a whole number of at least 0"),
+        ({"output_solver_stats": True}, "output_solver_stats is True, .* pass return_dict_in_generate=True"),
+    ],
+)
+def test_bad_solver_arguments_get_one_clear_sentence(model, arguments, message):
+    with torch.no_grad():
+        cache = model(random_ids(1, 4), use_cache=True).past_key_values
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message) as caught:
+        model.generate(random_ids(1, 5), past_key_values=cache, **arguments, **GREEDY)
+    assert "\n" not in str(caught.value)
+    if "output_solver_stats" not in arguments:
+        with pytest.raises(ValueError, match=message):
+            model(random_ids(1, 5), past_key_values=cache, **arguments)
+        with pytest.raises(ValueError, match=message), model.solver(**arguments):
+            pass
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- odds and ends

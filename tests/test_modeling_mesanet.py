@@ -491,18 +491,19 @@ def test_autocast_leaves_the_gates_of_a_fused_step_in_float32(tiny_model, monkey
     model = tiny_model()
     seen = []
 
-    def decode_layer(q, k, v, beta_logit, gamma_logit, *rest):
+    def decode_layer(q, k, v, beta_logit, gamma_logit, *rest, output_stats):
         seen.append((beta_logit, gamma_logit))
-        return torch.zeros_like(v)
+        return torch.zeros_like(v), None, None
 
     monkeypatch.setattr(modeling_mesanet, "decodes_layer", lambda *arguments: True)
     monkeypatch.setattr(modeling_mesanet, "decode_layer", decode_layer)
     mixer, hidden = model.model.layers[0].mixer, torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    solver = modeling_mesanet.Solver(max_steps=4, tolerance=None, output_stats=False)
     with torch.no_grad():
         cache = model(random_ids(2, 5), use_cache=True).past_key_values
-        mixer(hidden, past_key_values=cache)
+        mixer(hidden, past_key_values=cache, solver=solver)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixer(hidden, past_key_values=cache)
+            mixer(hidden, past_key_values=cache, solver=solver)
     for expected, actual in zip(*seen, strict=True):
         assert torch.equal(expected, actual)
 
@@ -835,6 +836,29 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model, monkeypat
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_and_packing_keep_solver_statistics(tiny_model, use_reentrant):
+    model = tiny_model(cg_max_steps_training=5).train()
+    input_ids = random_ids(2, 9)
+    bounds = torch.tensor([0, 4, 18])
+    arguments = {"labels": input_ids, "cu_seq_lens_q": bounds, "output_solver_stats": True, "cg_tolerance": 1e-2}
+    expected = model(input_ids, **arguments)
+    expected.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    output = model(input_ids, **arguments)
+    output.loss.backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    for layer, same in zip(output.solver_stats, expected.solver_stats, strict=True):
+        assert layer.steps.shape == layer.residual.shape == (2, 9, 2)
+        assert torch.equal(layer.steps, same.steps)
+        assert torch.equal(layer.residual, same.residual)
+        assert 0 < layer.steps.max() <= 5
+    assert model(input_ids).solver_stats is None
+
+
 def test_gradient_checkpointing_drops_a_cache_instead_of_updating_it_twice(tiny_model):
     model = tiny_model().train()
     enable_checkpointing(model, use_reentrant=False)
@@ -846,7 +870,9 @@ def test_gradient_checkpointing_drops_a_cache_instead_of_updating_it_twice(tiny_
 def test_class_attributes_that_transformers_reads():
     assert MesaNetPreTrainedModel.base_model_prefix == "model"
     assert MesaNetPreTrainedModel.supports_gradient_checkpointing
-    assert MesaNetPreTrainedModel._is_stateful, "without rollback, speculative decoding must stay refused"
+    assert not MesaNetPreTrainedModel._is_stateful, (
+        "the cache takes tokens back: decoding with drafts need not be refused"
+    )
     assert MesaNetPreTrainedModel._no_split_modules == ["MesaNetDecoderLayer"]
     assert MesaNetPreTrainedModel._skip_keys_device_placement == ["past_key_values"]
     assert MesaNetPreTrainedModel._can_compile_fullgraph

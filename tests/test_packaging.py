@@ -20,7 +20,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "modeling_mesanet", "kernels")
+BUILT_FROM = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "modeling_mesanet",
+    "conversion",
+    "eval",
+    "kernels",
+    "model_cards",
+)
 # What importing the package must not import: optional, and slow or absent.
 NOT_IMPORTED = ("triton", "matplotlib", "lm_eval", "datasets", "peft")
 
@@ -38,10 +47,14 @@ try:
     kernels_library = getattr(kernels, "STUB", False)
 except ImportError:
     kernels_library = False
+eager = "modeling_mesanet.conversion" in sys.modules
+from modeling_mesanet import conversion
 print(json.dumps({{
     "version": modeling_mesanet.__version__,
     "package": modeling_mesanet.__file__,
     "mesa": mesa.__file__,
+    "conversion": conversion.__file__,
+    "eager": eager,
     "kernels_library": kernels_library,
     "imported": sorted(imported & set({NOT_IMPORTED!r})),
 }}))
@@ -157,7 +170,14 @@ class TestWheel:
     def test_holds_the_packages_and_nothing_else(self, wheel, tree):
         expected = {f"modeling_mesanet/{file.name}" for file in (tree / "modeling_mesanet").glob("*.py")}
         expected |= {f"modeling_mesanet/mesa/{file.name}" for file in (tree / "kernels" / "mesa").glob("*.py")}
-        assert "modeling_mesanet/mesa/__init__.py" in expected
+        expected |= {f"modeling_mesanet/conversion/{file.name}" for file in (tree / "conversion").glob("*.py")}
+        expected |= {f"modeling_mesanet/eval/{file.name}" for file in (tree / "eval").glob("*.py")}
+        expected.add("modeling_mesanet/model_cards/template.md")
+        facades = {f"modeling_mesanet/{part}/__init__.py" for part in ("conversion", "eval", "mesa")}
+        assert facades <= expected
+        tasks = [file for file in (tree / "eval" / "tasks").rglob("*") if file.is_file()]
+        assert len(tasks) > 100
+        expected |= {f"modeling_mesanet/eval/{file.relative_to(tree / 'eval').as_posix()}" for file in tasks}
         held = {name for name in names(wheel) if ".dist-info/" not in name and "/checkpoints/" not in name}
         assert held == expected
         # A top-level `kernels` would overwrite the library of that name.
@@ -187,6 +207,9 @@ class TestWheel:
         (source,) = tmp_path.iterdir()
         assert names(build("wheel", source)) == names(wheel)
 
+
+# In the tree, by the report's name for it.
+PLACES_OF_PACKAGES = (("package", "modeling_mesanet"), ("mesa", "kernels/mesa"), ("conversion", "conversion"))
 
 KINDS = ("wheel", "editable")
 PLACES = ("root", "elsewhere")
@@ -223,9 +246,10 @@ class TestInstallation:
         assert report["version"] == Parser().parsestr(read(wheel, "METADATA"))["Version"]
         assert report["kernels_library"] is library
         assert report["imported"] == []
+        assert not report["eager"]
         # The package and its operators must come from the same place.
         from_tree = kind == "editable" or place == "root"
-        for name, location in (("package", "modeling_mesanet"), ("mesa", "kernels/mesa")):
+        for name, location in PLACES_OF_PACKAGES:
             file = Path(report[name]).resolve()
             assert file.is_relative_to(tree / location) is from_tree
             assert file.exists()

@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_results_files():
 
 def test_tree_names_every_module():
     block = re.search(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    for folder in ("modeling_mesanet", "kernels/mesa"):
+    for folder in ("modeling_mesanet", "kernels/mesa", "conversion", "eval"):
         for module in (ROOT / folder).glob("*.py"):
             assert module.name == "__init__.py" or module.name in block, f"{folder}/{module.name} is not in the tree"
     named = re.findall(r"[\w./]+\.(?:py|md)", block)

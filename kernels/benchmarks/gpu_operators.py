@@ -856,8 +856,8 @@ def versions(peer_version: str | None) -> dict[str, str | None]:
     }
 
 
-def start_results(path: Path, about: dict) -> dict:
-    """`about` with the sections that a run of the very same kind, of a committed revision, left in `path`."""
+def start_results(path: Path, about: dict, sections: Iterable[str]) -> dict:
+    """`about` with the `sections` that a run of the very same kind, of a committed revision, left in `path`."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -866,7 +866,7 @@ def start_results(path: Path, about: dict) -> dict:
     same = all(before.get(key) == about[key] for key in comparable)
     if not same or about["revision"] is None or about["revision"].endswith("-dirty"):
         return about
-    return about | {name: before[name] for name in SECTIONS if name in before}
+    return about | {name: before[name] for name in sections if name in before}
 
 
 def replace_json(path: Path, content: dict) -> None:
@@ -915,7 +915,7 @@ def main(
         CONSOLE.print(
             "The git revision cannot be read here, and the README takes no figures without: give --revision."
         )
-    results = start_results(path, about)
+    results = start_results(path, about, SECTIONS)
     failures = 0
     with ExitStack() as stack:
         if place.type == "cuda":

@@ -6,6 +6,7 @@ from each `results/NAME_<machine>.json`.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -202,9 +203,134 @@ def training_curves(results: dict) -> str:
     return "\n".join(lines)
 
 
+# What is aimed at on an H200: milliseconds a step by batch, at any context; the speed of prefill as a multiple of the
+# peer's; seconds to the first token; growth of the memory.
+STEP_GOALS = {1: 2.0, 8: 2.1, 64: 4.2}
+STEP_COLUMNS = (
+    ("mesa", "static"),
+    ("mesa", "dynamic"),
+    ("peer", "dynamic"),
+    ("llama", "static"),
+    ("llama", "dynamic"),
+)
+PREFILL_GOAL, FIRST_TOKEN_GOAL, GROWTH_GOAL = 2.0, 20, 0.01
+OPERATORS = {"mesa": "ours", "peer": "peer", "llama": "Llama"}
+MEMORY_TASKS = {"read": "read as a prompt", "written": "written"}
+
+
+def step_row(results: dict, batch: int, context: int) -> str:
+    """One line of the table of steps; a cell says what failed or missed its goal."""
+
+    def cell(operator: str, cache: str) -> str:
+        row = find(results, "steps", operator=operator, cache=cache, batch=batch, context=context)
+        if "ms" not in row:
+            return "wrong or broken" if "failed" in row else "-"
+        goal = STEP_GOALS.get(batch, math.inf) if (operator, cache) == ("mesa", "static") else math.inf
+        missed = ", missed" if not row["ms"] <= goal else ""
+        return f"{row['ms']:.2f} ({significant(row['tokens_per_second'])} tokens/s){missed}"
+
+    before = f"{context:,} tokens" if context else "short"
+    cells = " | ".join(cell(*column) for column in STEP_COLUMNS)
+    goal = f"at most {STEP_GOALS[batch]:g}" if batch in STEP_GOALS else "-"
+    return f"| {before}, batch {batch} | {goal} | {cells} |"
+
+
+def generation_notes(results: dict) -> list[str]:
+    """Prefill, first token and memory, each a sentence with its goal; what was not measured is left out."""
+    notes = []
+    times = []
+    for chunk in sorted({row["chunk"] for row in results.get("prefill", [])}, reverse=True):
+        rows = {name: find(results, "prefill", operator=name, chunk=chunk) for name in OPERATORS}
+        shown = [f"{OPERATORS[name]} {significant(row['ms'])} ms" for name, row in rows.items() if "ms" in row]
+        if {"ms"} <= rows["mesa"].keys() & rows["peer"].keys():
+            ratio = rows["peer"]["ms"] / rows["mesa"]["ms"]
+            shown[0] += f" ({ratio:.1f} times the peer's speed{', missed' if not ratio >= PREFILL_GOAL else ''})"
+        if shown:
+            way = "at once" if chunk == rows["mesa"].get("tokens") else f"in chunks of {chunk:,}"
+            times.append(f"{way} {', '.join(shown)}")
+    if times:
+        tokens = results["prefill"][0]["tokens"]
+        notes.append(
+            f"Reading {tokens:,} tokens, at least {PREFILL_GOAL:g} times as fast as the peer wanted: "
+            f"{'; '.join(times)}."
+        )
+    cold = find(results, "cold", cache="dynamic")
+    if "first_token_s" in cold:
+        seconds = cold["import_s"] + cold["first_token_s"]
+        missed = ", missed" if not seconds <= FIRST_TOKEN_GOAL else ""
+        steps = find(results, "cold", cache="static").get("first_steps_s")
+        compiled = "" if steps is None else f"; eight tokens with a static cache then take {steps:.1f} s"
+        notes.append(
+            f"First token of a fresh process with nothing compiled, at most {FIRST_TOKEN_GOAL} s wanted: "
+            f"{seconds:.1f} s{missed}, {cold['import_s']:.1f} s of them to import{compiled}."
+        )
+    peaks = []
+    for task, name in MEMORY_TASKS.items():
+        row = find(results, "memory", what=task)
+        if "growth" in row:
+            missed = ", missed" if not row["growth"] <= GROWTH_GOAL else ""
+            first, last = row["tokens"][0], row["tokens"][-1]
+            peaks.append(f"{row['growth']:.2%}{missed} from {first:,} to {last:,} tokens {name}")
+    if peaks:
+        notes.append(f"Growth of the peak memory, at most {GROWTH_GOAL:.0%} wanted: {'; '.join(peaks)}.")
+    states = find(results, "memory", what="states")
+    if "error" in states:
+        finite = "all are finite" if states["finite"] else "not all are finite"
+        notes.append(
+            f"Of the states after {states['tokens']:,} tokens {finite}; those of the {states['heads']} heads that "
+            f"have forgotten all but their last {states['reread']:,} tokens differ by at most {states['error']:.1e} "
+            "from float64's after these alone."
+        )
+    return notes
+
+
+def gpu_generation(results: dict) -> str:
+    """A step of `generate()` beside the peer's and Llama's; prefill, first token and memory."""
+    lines = [
+        "| ms a step through `generate()` | goal on an H200 | ours, static cache | ours, dynamic | peer, dynamic | "
+        "Llama, static cache | Llama, dynamic |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    steps = results.get("steps", [])
+    cases = sorted({(row["context"], row["batch"]) for row in steps})
+    lines += [step_row(results, batch, context) for context, batch in cases]
+    lines += ["", *generation_notes(results)]
+    versions, plan = results["versions"], results["plan"]
+    sizes = {OPERATORS[row["operator"]]: row["parameters"] for row in steps if "parameters" in row}
+    sizes = ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in sizes.items())
+    compiled = [row for row in steps if row["operator"] == "mesa" and row["cache"] == "static" and "ms" in row]
+    warm = ""
+    if compiled:
+        slowest, again = max(row["warmup_s"] for row in compiled), sum(row["recompiled"] for row in compiled)
+        warm = (
+            f" Ours is compiled in {slowest:.0f} s for a batch size, and for other prompts, lengths and pads {again} "
+            "times more."
+        )
+    rows = [row for row in steps if row["cache"] == "static, fewer guards" and "ms" in row]
+    fewer = ", ".join(f"{OPERATORS[row['operator']]} {row['ms']:.2f} ms in batch {row['batch']}" for row in rows)
+    if fewer:
+        warm += (
+            " With `guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe` among the compiler's options, "
+            f"a short context takes {fewer}."
+        )
+    lines.append("")
+    if results["figure"]:
+        lines += [f"![steps and memory](kernels/benchmarks/results/{results['figure']})", ""]
+    lines.append(
+        f"Random {plan['dtype']} models of the same sizes (parameters: {sizes}), greedy, after {plan['prompt']} "
+        f"tokens or the context named, {plan['new_tokens']} new tokens ({plan['eager_tokens']} with dynamic caches), "
+        f"prefill not counted; transformers compiles the step where the cache is static.{warm} Logits are compared "
+        "with those of an uncached pass first. "
+        f"{results['gpu']}, driver {results['driver']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"transformers {versions['transformers']}, peer: flash-linear-attention {versions['flash-linear-attention']}; "
+        f"{results['date']}, revision {results['revision']}; from `kernels/benchmarks/gpu_generation.py`."
+    )
+    return "\n".join(lines)
+
+
 TABLES = {"cpu_generation": cpu_generation, "gpu_operators": gpu_operators}
 # These stand in the README once they were measured.
-MEASURED_LATER = {"training_curves": training_curves}
+MEASURED_LATER = {"training_curves": training_curves, "gpu_generation": gpu_generation}
 
 
 def results_of(name: str, folder: Path = RESULTS) -> list[dict]:

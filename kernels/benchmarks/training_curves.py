@@ -27,8 +27,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -60,11 +59,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint, modeling_mesanet
+from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
+from modeling_mesanet.files import replacing
 from modeling_mesanet.mesa import select_backend
 
 sys.path.append(str(ROOT / "examples"))
-from novels import TrainingBlocks, UsageError, data_folder, encode_documents, pack, read_documents, replacing
+from novels import TrainingBlocks, UsageError, data_folder, encode_documents, pack, read_documents
 
 SEED = 0
 # The largest relative difference between the losses of the two paths, at any step.
@@ -153,23 +153,6 @@ def build_model(plan: Plan, run: Run, tokenizer: PreTrainedTokenizerBase) -> Mes
     return MesaNetForCausalLM(config).train()
 
 
-@contextmanager
-def recorded_residuals() -> Iterator[list[torch.Tensor]]:
-    """While active, each Mesa layer appends the largest relative residual of its forward solve, on its device."""
-    operator, found = modeling_mesanet.mesa_attention, []
-
-    def recording(*inputs, **options):
-        output = operator(*inputs, **options, output_stats=True)
-        found.append(output.stats.residual.detach().amax())
-        return output
-
-    modeling_mesanet.mesa_attention = recording
-    try:
-        yield found
-    finally:
-        modeling_mesanet.mesa_attention = operator
-
-
 def train(
     run: Run, plan: Plan, tokenizer: PreTrainedTokenizerBase, blocks: TrainingBlocks, place: torch.device
 ) -> dict:
@@ -183,27 +166,26 @@ def train(
     steps = len(blocks) // plan.batch
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps, min_lr_rate=0.1)
     seconds = []
-    with recorded_residuals() as residuals:
-        for step in track(range(steps), run.name, console=CONSOLE):
-            began = time.perf_counter()
-            rows = [blocks[step * plan.batch + index] for index in range(plan.batch)]
-            batch = {name: tensor.to(place) for name, tensor in pack(rows, tokenizer.bos_token_id).items()}
-            with torch.autocast(place.type, torch.bfloat16):
-                loss = model(**batch, use_cache=False).loss
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
-            found = {"losses": loss, "gradient_norms": norm, "residuals": torch.stack(residuals).max()}
-            residuals.clear()
-            numbers = torch.stack([tensor.detach().float() for tensor in found.values()]).tolist()
-            if broken := [f"{name} {x}" for name, x in zip(found, numbers, strict=True) if not math.isfinite(x)]:
-                row["failed"] = f"not finite at step {step + 1}: {', '.join(broken)}"
-                break
-            for name, number in zip(found, numbers, strict=True):
-                row[name].append(number)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            seconds.append(time.perf_counter() - began)
+    for step in track(range(steps), run.name, console=CONSOLE):
+        began = time.perf_counter()
+        rows = [blocks[step * plan.batch + index] for index in range(plan.batch)]
+        batch = {name: tensor.to(place) for name, tensor in pack(rows, tokenizer.bos_token_id).items()}
+        with torch.autocast(place.type, torch.bfloat16):
+            output = model(**batch, use_cache=False, output_solver_stats=True)
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
+        residual = torch.stack([layer.residual.max() for layer in output.solver_stats]).max()
+        found = {"losses": output.loss, "gradient_norms": norm, "residuals": residual}
+        numbers = torch.stack([tensor.detach().float() for tensor in found.values()]).tolist()
+        if broken := [f"{name} {x}" for name, x in zip(found, numbers, strict=True) if not math.isfinite(x)]:
+            row["failed"] = f"not finite at step {step + 1}: {', '.join(broken)}"
+            break
+        for name, number in zip(found, numbers, strict=True):
+            row[name].append(number)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds.append(time.perf_counter() - began)
     if seconds:
         row["step_ms"] = 1e3 * statistics.median(seconds)
     return row

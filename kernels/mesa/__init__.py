@@ -3,6 +3,7 @@
 
 from .mesa_dispatch import BackendError, requested_backend, select_backend
 from .mesa_layers import (
+    PadOrder,
     add_linear,
     decode_layer,
     decodes_layer,
@@ -27,6 +28,7 @@ __all__ = [
     "BackendError",
     "MesaOutput",
     "MesaState",
+    "PadOrder",
     "SolverStats",
     "add_linear",
     "check_solver",

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 
+from .mesa_library import NAMESPACE, OPERATORS
 from .mesa_solver import conjugate_gradient, full_precision
 
 # Chunks whose states are computed from each other in one product; groups follow one another in a loop.
@@ -204,7 +205,7 @@ def num_sequences(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
     return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-@torch.library.custom_op("modeling_mesanet::chunkwise", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::chunkwise", mutates_args=())
 def chunkwise(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -263,7 +264,7 @@ def _(q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options)
     )
 
 
-@torch.library.custom_op("modeling_mesanet::chunkwise_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
     grad_o: torch.Tensor | None,
     grad_final_h: torch.Tensor | None,
@@ -395,7 +396,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_o, grad_final_h, grad_final_g, *_):
     max_steps = ctx.backward_max_steps if ctx.solved else 0
     saved = ctx.saved_tensors  # once: gradient checkpointing forbids unpacking a tensor twice
-    grads = torch.ops.modeling_mesanet.chunkwise_backward(
+    grads = OPERATORS.chunkwise_backward(
         *(None if grad is None else grad.contiguous() for grad in (grad_o, grad_final_h, grad_final_g)),
         *saved,
         max_steps,

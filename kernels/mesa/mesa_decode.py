@@ -3,6 +3,7 @@
 
 import torch
 
+from .mesa_library import NAMESPACE
 from .mesa_solver import conjugate_gradient, full_precision
 
 
@@ -52,7 +53,7 @@ def decode_step(
 
 # The operator that compiled and exported graphs hold; eager decoding calls the function itself, which spares the
 # dispatch of a Python operator for every token and layer.
-decode_step_op = torch.library.custom_op("modeling_mesanet::decode_step", decode_step, mutates_args=("h", "g"))
+decode_step_op = torch.library.custom_op(f"{NAMESPACE}::decode_step", decode_step, mutates_args=("h", "g"))
 
 
 @decode_step_op.register_fake

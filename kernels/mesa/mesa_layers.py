@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the Mesa operator in a layer: short convolutions, norms of heads and gates, projections of one token.
+"""What surrounds the Mesa operator in a layer: short convolutions and their pads, norms, gates, projections.
 
 The torch code is the specification and runs anywhere. On a GPU, the operators of `mesa_triton_layers` do the same in
 one launch each, and those of `mesa_triton_linear` the projections of a decoding step, of which the model's modules are
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .mesa_dispatch import select_backend, use_fused_linears
 from .mesa_dispatch import use_triton as mesa_runs_in_triton
+from .mesa_library import OPERATORS
 
 # What the Triton operators take; everything else, such as float64, stays in torch.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,19 +51,21 @@ def use_triton(backend: str | None, *tensors: torch.Tensor | None) -> bool:
 def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call the Triton operator `name`; past the dispatcher, which takes a launch's time, where none must see it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return getattr(torch.ops.modeling_mesanet, name)(*arguments)
+        return getattr(OPERATORS, name)(*arguments)
     from .mesa_triton_layers import LAUNCHES
 
     return LAUNCHES[name](*arguments)
 
 
-def decode_layer(*arguments) -> torch.Tensor:
-    """`mesa_triton_decode.triton_decode_layer` without statistics: one token, up to the output projection."""
+def decode_layer(
+    *arguments, output_stats: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`mesa_triton_decode.triton_decode_layer`: one token, up to the output projection; its steps and residual."""
     if torch.compiler.is_compiling():
-        return torch.ops.modeling_mesanet.triton_decode_layer(*arguments)[0]
+        return OPERATORS.triton_decode_layer(*arguments)
     from .mesa_triton_decode import triton_decode_layer
 
-    return triton_decode_layer(*arguments, output_stats=False)[0]
+    return triton_decode_layer(*arguments, output_stats=output_stats)
 
 
 @torch.compiler.assume_constant_result
@@ -102,7 +105,7 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
 def run_linear(name: str, *arguments):
     """Call the operator `name` of `mesa_triton_linear`; past the dispatcher, where no compiler must see it."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.modeling_mesanet, name)(*arguments)
+        return getattr(OPERATORS, name)(*arguments)
     from .mesa_triton_linear import LAUNCHES
 
     return LAUNCHES[name](*arguments)
@@ -171,6 +174,32 @@ def short_convolution(
             y = F.conv1d(inputs, weight.unsqueeze(1), groups=channels)
         state = inputs[..., -memory:]
     return F.silu(y).transpose(1, 2), state
+
+
+class PadOrder:
+    """Moves pads out of a convolution's sight.
+
+    The W - 1 remembered inputs of a convolution and the T new ones are reordered so that pads come first, then the
+    memory, then the real tokens: each real token then sees the real tokens before it, wherever pads stand.
+
+    Args:
+        mask: bool `[B, T]`, True for real tokens.
+        memory: W - 1, the number of remembered inputs.
+    """
+
+    def __init__(self, mask: torch.Tensor, memory: int):
+        extended = F.pad(mask, (memory, 0), value=True)
+        self.sorted = extended.int().argsort(dim=1, stable=True)
+        # Where each new token's output lies; a pad's may fall before the first output and reads any.
+        self.restored = (self.sorted.argsort(dim=1)[:, memory:] - memory).clamp_min(0)
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, channels, W - 1 + T]` into the order pads, memory, tokens."""
+        return x.gather(2, self.sorted.unsqueeze(1).expand_as(x))
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """Outputs `[B, channels, T]` back into the order of the tokens."""
+        return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
 
 
 def head_norm(

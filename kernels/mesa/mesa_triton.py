@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .mesa_library import NAMESPACE, OPERATORS
 from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
 from .mesa_triton_backward import key_gradients_kernel, value_gradients_kernel
 from .mesa_triton_solver import solve_chunks_kernel
@@ -603,7 +604,7 @@ def solution_shape(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[in
     return chunks, heads, size, padded(key_dim)
 
 
-@torch.library.custom_op("modeling_mesanet::triton_chunkwise", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::triton_chunkwise", mutates_args=())
 def triton_chunkwise(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -673,7 +674,7 @@ def _(q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *options)
     )
 
 
-@torch.library.custom_op("modeling_mesanet::triton_chunkwise_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::triton_chunkwise_backward", mutates_args=())
 def triton_chunkwise_backward(
     grad_o: torch.Tensor | None,
     grad_final_h: torch.Tensor | None,
@@ -763,7 +764,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_o, grad_final_h, grad_final_g, *_):
     saved = ctx.saved_tensors  # once: gradient checkpointing forbids unpacking a tensor twice
-    grads = torch.ops.modeling_mesanet.triton_chunkwise_backward(
+    grads = OPERATORS.triton_chunkwise_backward(
         *(None if grad is None else grad.contiguous() for grad in (grad_o, grad_final_h, grad_final_g)),
         *saved,
         *ctx.options,

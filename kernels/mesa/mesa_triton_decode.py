@@ -16,6 +16,7 @@ import functools
 
 import torch
 
+from .mesa_library import NAMESPACE
 from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -675,7 +676,7 @@ def triton_decode_layer(
 # dispatch of a Python operator for every token and layer. An operator returns tensors, so that these have statistics.
 
 
-@torch.library.custom_op("modeling_mesanet::triton_decode_step", mutates_args=("h", "g"))
+@torch.library.custom_op(f"{NAMESPACE}::triton_decode_step", mutates_args=("h", "g"))
 def triton_decode_step_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -699,9 +700,7 @@ def _(q, k, v, log_gamma, beta, lam, h, g, max_steps, tolerance, normalize_qk=Tr
     return v.new_empty(v.shape), q.new_empty(gates, dtype=torch.int32), q.new_empty(gates, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "modeling_mesanet::triton_decode_layer", mutates_args=("q_state", "k_state", "v_state", "h", "g")
-)
+@torch.library.custom_op(f"{NAMESPACE}::triton_decode_layer", mutates_args=("q_state", "k_state", "v_state", "h", "g"))
 def triton_decode_layer_op(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,6 +10,8 @@ Dimensions: B batch, T tokens a row, H heads, V value size, W convolution width,
 
 import torch
 
+from .mesa_library import NAMESPACE, OPERATORS
+
 try:  # in a try block, so that an export of the model does not list triton as required
     import triton
     import triton.language as tl
@@ -515,7 +517,7 @@ def launch_short_convolution(
 
 
 short_convolution_op = torch.library.custom_op(
-    "modeling_mesanet::short_convolution", launch_short_convolution, mutates_args=()
+    f"{NAMESPACE}::short_convolution", launch_short_convolution, mutates_args=()
 )
 
 
@@ -525,7 +527,7 @@ def _(x, weight, state, cu_seqlens):
     return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], memory)
 
 
-@torch.library.custom_op("modeling_mesanet::short_convolution_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::short_convolution_backward", mutates_args=())
 def short_convolution_backward_op(
     grad_y: torch.Tensor,
     grad_new_state: torch.Tensor | None,
@@ -590,7 +592,7 @@ def _convolution_backward(ctx, grad_y, grad_new_state):
     x, weight, state, cu_seqlens = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(x)
-    grad_x, grad_weight, grad_state = torch.ops.modeling_mesanet.short_convolution_backward(
+    grad_x, grad_weight, grad_state = OPERATORS.short_convolution_backward(
         grad_y, grad_new_state, x, weight, state, cu_seqlens
     )
     return grad_x, grad_weight, None if state is None else grad_state, None
@@ -639,7 +641,7 @@ def launch_head_norm(o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate
     return y
 
 
-head_norm_op = torch.library.custom_op("modeling_mesanet::head_norm", launch_head_norm, mutates_args=())
+head_norm_op = torch.library.custom_op(f"{NAMESPACE}::head_norm", launch_head_norm, mutates_args=())
 
 
 @head_norm_op.register_fake
@@ -647,7 +649,7 @@ def _(o, weight, epsilon, gate):
     return o.new_empty(o.shape)
 
 
-@torch.library.custom_op("modeling_mesanet::head_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::head_norm_backward", mutates_args=())
 def head_norm_backward_op(
     grad_y: torch.Tensor, o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -695,9 +697,7 @@ def _norm_context(ctx, inputs, output):
 
 def _norm_backward(ctx, grad_y):
     o, weight, gate = ctx.saved_tensors
-    grad_o, grad_weight, grad_gate = torch.ops.modeling_mesanet.head_norm_backward(
-        grad_y, o, weight, ctx.epsilon, gate
-    )
+    grad_o, grad_weight, grad_gate = OPERATORS.head_norm_backward(grad_y, o, weight, ctx.epsilon, gate)
     return grad_o, grad_weight, None, None if gate is None else grad_gate
 
 
@@ -743,7 +743,7 @@ def launch_gates(
     return beta, log_gamma
 
 
-gates_op = torch.library.custom_op("modeling_mesanet::gates", launch_gates, mutates_args=())
+gates_op = torch.library.custom_op(f"{NAMESPACE}::gates", launch_gates, mutates_args=())
 
 
 @gates_op.register_fake
@@ -751,7 +751,7 @@ def _(beta_logit, gamma_logit, *others):
     return beta_logit.new_empty(beta_logit.shape), gamma_logit.new_empty(gamma_logit.shape)
 
 
-@torch.library.custom_op("modeling_mesanet::gates_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gates_backward", mutates_args=())
 def gates_backward_op(
     grad_beta: torch.Tensor,
     grad_log_gamma: torch.Tensor,
@@ -801,7 +801,7 @@ def _gates_backward(ctx, grad_beta, grad_log_gamma):
     grad_beta, grad_log_gamma = (
         torch.zeros_like(tensors[0]) if grad is None else grad for grad in (grad_beta, grad_log_gamma)
     )
-    (to_beta, to_gamma), (to_beta_bias, to_gamma_bias) = torch.ops.modeling_mesanet.gates_backward(
+    (to_beta, to_gamma), (to_beta_bias, to_gamma_bias) = OPERATORS.gates_backward(
         grad_beta, grad_log_gamma, *tensors, ctx.bound, mask
     )
     return to_beta, to_gamma, to_beta_bias, to_gamma_bias, None, None

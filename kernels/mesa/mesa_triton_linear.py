@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .mesa_library import NAMESPACE
 from .mesa_triton_layers import within
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -631,10 +632,10 @@ def launch_norm_gated_linears(
     return y
 
 
-norm_linears_op = torch.library.custom_op("modeling_mesanet::norm_linears", launch_norm_linears, mutates_args=())
-add_linear_op = torch.library.custom_op("modeling_mesanet::add_linear", launch_add_linear, mutates_args=())
+norm_linears_op = torch.library.custom_op(f"{NAMESPACE}::norm_linears", launch_norm_linears, mutates_args=())
+add_linear_op = torch.library.custom_op(f"{NAMESPACE}::add_linear", launch_add_linear, mutates_args=())
 norm_gated_linears_op = torch.library.custom_op(
-    "modeling_mesanet::norm_gated_linears", launch_norm_gated_linears, mutates_args=()
+    f"{NAMESPACE}::norm_gated_linears", launch_norm_gated_linears, mutates_args=()
 )
 
 

@@ -33,7 +33,7 @@ from modeling_mesanet.cache_mesanet import upgrade_cache
 from modeling_mesanet.mesa import MesaState, mesa_reference
 from modeling_mesanet.mesa.mesa_decode import decode_step
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
-from modeling_mesanet.modeling_mesanet import MesaNetMixer
+from modeling_mesanet.modeling_mesanet import MesaNetMixer, Solver
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -301,9 +301,10 @@ class Layer:
             if name not in ("beta_bias", "gamma_bias", "lambda_param"):
                 parameter.data = parameter.data.to(dtype)
         self.mixer, self.dtype, self.batch = mixer.to(DEVICE), dtype, batch
+        self.solver = Solver(self.config.cg_max_steps, self.config.cg_tolerance, output_stats=False)
         self.cache = upgrade_cache(DynamicCache(config=self.config), self.config)
         with torch.no_grad():
-            self.mixer(self.hidden(5), None, self.cache)
+            self.mixer(self.hidden(5), None, self.cache, solver=self.solver)
         layer = self.cache.layers[0]
         self.conv_states = [layer.conv_states[slot].clone() for slot in range(len(layer.conv_states))]
         self.states = [layer.recurrent_states[slot].clone() for slot in range(2)]
@@ -346,7 +347,7 @@ class Layer:
     def next(self, mask=None):
         """The next token by the mixer and by the kernel; the layer's states move on."""
         hidden = self.hidden(1)
-        expected = self.mixer(hidden, mask, self.cache)
+        expected, _ = self.mixer(hidden, mask, self.cache, solver=self.solver)
         o, steps, residual = triton_decode_layer(*self.arguments(hidden, mask))
         return self.mixer.o_proj(o), expected, steps, residual
 

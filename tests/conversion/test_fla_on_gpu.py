@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that fla itself wrote, converted, run beside fla, and converted back; needs fla and a GPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_mesanet.conversion import convert_from_fla, convert_to_fla
+from modeling_mesanet.conversion.compare_logits import compare_logits, why_fla_cannot_run
+
+obstacle = why_fla_cannot_run()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(obstacle is not None, reason=f"not compared with fla: {obstacle}")]
+
+# The published 140M model, with what the peer has: heads of its own and no gate, or a tied one and a gate.
+SIZES = {
+    "vocab_size": 50257,
+    "hidden_size": 768,
+    "num_hidden_layers": 14,
+    "num_heads": 6,
+    "head_dim": 128,
+    "intermediate_size": 2304,
+}
+VARIANTS = {
+    "untied": {"tie_word_embeddings": False},
+    "tied, output gate": {"tie_word_embeddings": True, "use_output_gate": True},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def checkpoint(request, tmp_path_factory):
+    """fla's own random weights, in shards of either dtype; vectors are moved away from where they start."""
+    from fla.models.mesa_net import MesaNetConfig, MesaNetForCausalLM
+
+    torch.manual_seed(0)
+    model = MesaNetForCausalLM(MesaNetConfig(**SIZES, **VARIANTS[request.param]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("fla")
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(folder / str(dtype).removeprefix("torch."), max_shard_size="100MB")
+    return folder
+
+
+def read(folder) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_agree_and_the_round_trip_is_bitwise(checkpoint, tmp_path, dtype):
+    source = checkpoint / dtype
+    assert (source / "model.safetensors.index.json").is_file()
+    there = convert_from_fla(source, tmp_path / "ours", max_shard_size="100MB")
+    print(there.compared)
+    assert len(there.shards) > 1
+    assert there.logits.dtype == getattr(torch, dtype)
+    assert there.logits.tolerance == {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
+    # Ours agree with fla's kernels, or with its exact reference: then what is left is fla's own error.
+    assert there.logits.ok
+    assert there.logits.difference <= 1.05 * (there.logits.ours + there.logits.fla)
+    assert there.logits.difference < 5e-2
+    back = convert_to_fla(tmp_path / "ours", tmp_path / "back", max_shard_size="100MB")
+    assert back.logits.ok
+    original, returned = read(source), read(tmp_path / "back")
+    assert original.keys() == returned.keys()
+    for name, tensor in original.items():
+        assert tensor.dtype == returned[name].dtype
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), returned[name].reshape(-1).view(torch.uint8)), name
+
+
+def test_a_wrong_conversion_is_found(checkpoint, tmp_path):
+    """The comparison can fail: with the bound on forgetting that fla does not have, logits differ by far more."""
+    convert_from_fla(checkpoint / "float32", tmp_path / "ours", compare=False)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "forget_gate_bound": 0.5}))
+    comparison = compare_logits(checkpoint / "float32", tmp_path / "ours")
+    assert not comparison.ok
+    assert min(comparison.difference, comparison.ours) > 3 * comparison.tolerance
