@@ -325,7 +325,9 @@ def _read_json(file: Path, option: str) -> dict:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{option} is '{file}', which cannot be read as JSON ({one_line(error)}).") from error
+        raise CheckpointError(
+            f"{option} is '{file}', which cannot be read as JSON ({one_line(error)}); give a file as it was written."
+        ) from error
     return content
 
 

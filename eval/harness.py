@@ -20,10 +20,12 @@ from huggingface_hub import EvalResult
 from transformers import AutoConfig
 
 from modeling_mesanet.configuration_mesanet import MesaNetConfig
+from modeling_mesanet.files import replacing
 from modeling_mesanet.info import describe
 from modeling_mesanet.loading import find_checkpoint
 
-from .task_data import DATA_VARIABLE, EvaluationError, data_folder, missing_file
+from .results import UsageError
+from .task_data import DATA_VARIABLE, data_folder, missing_file
 
 TASKS = Path(__file__).parent / "tasks"
 SUMMARY = "evaluation.json"
@@ -59,12 +61,12 @@ def evaluate(
         options: further arguments of `lm_eval run`, such as `["--limit", "10", "--batch_size", "8"]`.
 
     Raises:
-        EvaluationError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long,
+        UsageError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long,
             or `output` holds something else.
         CheckpointError: the model is a MesaNet that cannot be loaded whole.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("lm-eval is not installed; install it with pip install 'modeling-mesanet[eval]'.")
+        raise UsageError("lm-eval is not installed; install it with pip install 'modeling-mesanet[eval]'.")
     # Its notes on every step would bury the tables; read when lm-eval is imported.
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
     from lm_eval._cli import HarnessCLI
@@ -127,13 +129,11 @@ def card_entries(folder: str | os.PathLike) -> list[EvalResult]:
     """The figures of a finished evaluation for the metadata of a model card.
 
     Raises:
-        EvaluationError: `folder` holds no finished evaluation.
+        UsageError: `folder` holds no finished evaluation.
     """
     summary = _read_summary(Path(folder))
     if summary is None or summary["status"] != "finished":
-        raise EvaluationError(
-            f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end."
-        )
+        raise UsageError(f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end.")
     return [
         EvalResult(
             task_type="text-generation",
@@ -159,13 +159,13 @@ def _resolve(names: list[str]) -> tuple[dict[str, dict], list[str]]:
         chosen += matches or [name]
         foreign += [] if matches or name.endswith(".yaml") or Path(name).is_dir() else [name]
     if not names:
-        raise EvaluationError("--tasks names no task; give at least one, such as mesanet_reasoning_global.")
+        raise UsageError("--tasks names no task; give at least one, such as mesanet_reasoning_global.")
     if foreign:
         every = TaskManager()
         if unknown := [name for name in foreign if not every.match_tasks([name])]:
             close = get_close_matches(unknown[0], [*ours.all_tasks, *every.all_tasks], n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists lm-eval's."
-            raise EvaluationError(
+            raise UsageError(
                 f"--tasks names '{unknown[0]}', which is neither one of our tasks ({TASKS}) nor one of lm-eval's; "
                 f"{hint}"
             )
@@ -199,7 +199,7 @@ def _without_missing(chosen: list[str], configs: dict[str, dict], skip: bool) ->
     if not missing:
         return chosen, configs
     if not skip:
-        raise EvaluationError(
+        raise UsageError(
             f"The data folder '{folder}' holds no {', no '.join(dict.fromkeys(missing.values()))}, needed by "
             f"{', '.join(missing)}; put the files there, leave --data-dir and {DATA_VARIABLE} out to take the data "
             "sets from the Hub, or give --skip-missing to leave these tasks out."
@@ -207,7 +207,7 @@ def _without_missing(chosen: list[str], configs: dict[str, dict], skip: bool) ->
     index = TaskManager(include_path=str(TASKS), include_defaults=False).task_index
     kept = [part for name in chosen for part in _complete(name, index, missing)]
     if not kept:
-        raise EvaluationError(f"The data folder '{folder}' has a file for none of the tasks; see --data-dir.")
+        raise UsageError(f"The data folder '{folder}' has a file for none of the tasks; see --data-dir.")
     print(f"mesanet: left out for want of a data file: {', '.join(missing)}", file=sys.stderr)
     return list(dict.fromkeys(kept)), {name: config for name, config in configs.items() if name not in missing}
 
@@ -242,7 +242,7 @@ def _config(model: str):
         return AutoConfig.from_pretrained(model)
     # As for a checkpoint: many kinds of errors, one meaning.
     except Exception as error:
-        raise EvaluationError(
+        raise UsageError(
             f"--model is '{model}', whose config could not be read ({str(error).splitlines()[0]}); give the folder of "
             "a checkpoint or a Hub id."
         ) from error
@@ -262,10 +262,10 @@ def _fingerprint(name: str, checkpoint: Path | None, model_args: dict) -> str:
 def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
     """Make the results folder, or find in it an interrupted run of the same settings."""
     if folder.exists() and not folder.is_dir():
-        raise EvaluationError(f"--output is '{folder}', which is a file; give a folder.")
+        raise UsageError(f"--output is '{folder}', which is a file; give a folder.")
     found = _read_summary(folder)
     if found is None and folder.is_dir() and any(folder.iterdir()):
-        raise EvaluationError(
+        raise UsageError(
             f"--output is '{folder}', which holds other files than an evaluation's; give a new or an empty folder."
         )
     if found is not None and overwrite:
@@ -273,7 +273,7 @@ def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
             for file in folder.glob(pattern):
                 file.unlink()
     elif found is not None and found["status"] == "finished":
-        raise EvaluationError(
+        raise UsageError(
             f"--output is '{folder}', which holds the results of a finished evaluation; give another folder, or "
             "--overwrite to begin anew."
         )
@@ -281,7 +281,7 @@ def _prepare(folder: Path, settings: dict, overwrite: bool) -> None:
         # Compared as JSON stores them.
         stored = json.loads(json.dumps(settings, default=str))
         if different := [name for name, value in stored.items() if found["settings"].get(name) != value]:
-            raise EvaluationError(
+            raise UsageError(
                 f"--output is '{folder}', which holds an interrupted evaluation of another {different[0]}; repeat its "
                 "command to go on with it, give another folder, or --overwrite to begin anew."
             )
@@ -295,7 +295,7 @@ def _finish(folder: Path, settings: dict) -> None:
     """Replace the summary of a running evaluation by that of a finished one."""
     files = sorted(folder.glob("*/results_*.json"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise EvaluationError(f"lm-eval wrote no results to '{folder}'; its messages say why.")
+        raise UsageError(f"lm-eval wrote no results to '{folder}'; its messages say why.")
     results = json.loads(files[-1].read_text(encoding="utf-8"))
     _write_summary(
         folder,
@@ -343,6 +343,5 @@ def _read_summary(folder: Path) -> dict | None:
 
 
 def _write_summary(folder: Path, summary: dict) -> None:
-    temporary = folder / f".{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(folder / SUMMARY)
+    with replacing(folder / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .results import UsageError
+
 # The folder with local data; without it the Hub is asked.
 DATA_VARIABLE = "MESANET_DATA"
 
 # Length and number of the words in the word-scrambling sets of GPT-3.
 _LETTERS = "[a-z]{5,14}"
 _WORDS = 10_000
-
-
-class EvaluationError(ValueError):
-    """A mistake in what is to be evaluated, explained in one sentence with the remedy."""
 
 
 class Source(NamedTuple):
@@ -141,14 +139,14 @@ def data_folder() -> Path | None:
     """The folder that MESANET_DATA names, or None where it is not set.
 
     Raises:
-        EvaluationError: there is no such folder.
+        UsageError: there is no such folder.
     """
     name = os.environ.get(DATA_VARIABLE)
     if not name:
         return None
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise EvaluationError(
+        raise UsageError(
             f"The data folder (--data-dir, {DATA_VARIABLE}) is '{name}', but there is no such folder; correct the "
             "path, or leave it out to take the data sets from the Hub."
         )
@@ -172,7 +170,7 @@ def local_rows(name: str, task: str) -> list[dict] | None:
     Texts to be read whole (`wikitext`, `books`) become rows with one field, `page` or `text`.
 
     Raises:
-        EvaluationError: the file is missing, cannot be read, holds no rows, or holds a row that lacks a field, has
+        UsageError: the file is missing, cannot be read, holds no rows, or holds a row that lacks a field, has
             one of another type, or is empty.
     """
     folder = data_folder()
@@ -188,7 +186,7 @@ def local_rows(name: str, task: str) -> list[dict] | None:
     else:
         rows = [source.convert(row) for row in _json_rows(path, source)]
     if not rows:
-        raise EvaluationError(f"'{path}' holds no rows; it must be {source.format}.")
+        raise UsageError(f"'{path}' holds no rows; it must be {source.format}.")
     return rows
 
 
@@ -198,7 +196,7 @@ def local_words(task: str) -> list[str] | None:
     They come from `fewshot/words.txt` (one a line) where the folder has it, else from the books.
 
     Raises:
-        EvaluationError: the folder has neither.
+        UsageError: the folder has neither.
     """
     folder = data_folder()
     if folder is None:
@@ -219,7 +217,7 @@ def check_texts(rows: Iterable[dict], field: str, where: str) -> None:
     """Refuse empty documents.
 
     Raises:
-        EvaluationError: `field` of a row holds no text.
+        UsageError: `field` of a row holds no text.
     """
     for number, row in enumerate(rows, 1):
         _nonempty(row[field], f"{where}, document {number}")
@@ -227,7 +225,7 @@ def check_texts(rows: Iterable[dict], field: str, where: str) -> None:
 
 def _require(name: str, folder: Path, task: str) -> None:
     if missing := missing_file(name, folder):
-        raise EvaluationError(
+        raise UsageError(
             f"The data folder '{folder}' holds no {missing}, which {task} needs; put it there, or leave "
             f"{DATA_VARIABLE} and --data-dir out to take the data set from the Hub."
         )
@@ -239,7 +237,7 @@ def _words_file(folder: Path) -> Path:
 
 def _nonempty(text: str, where: str) -> str:
     if not text.strip():
-        raise EvaluationError(f"{where} is empty; remove it or give it text.")
+        raise UsageError(f"{where} is empty; remove it or give it text.")
     return text
 
 
@@ -247,7 +245,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"'{path}' cannot be read as UTF-8 text ({error}); replace the file.") from error
+        raise UsageError(f"'{path}' cannot be read as UTF-8 text ({error}); replace the file.") from error
 
 
 def _json_rows(path: Path, source: Source) -> Iterator[dict]:
@@ -259,11 +257,11 @@ def _json_rows(path: Path, source: Source) -> Iterator[dict]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise EvaluationError(f"{where} is not JSON ({error}); the file must be {source.format}.") from error
+            raise UsageError(f"{where} is not JSON ({error}); the file must be {source.format}.") from error
         for name, kind in source.fields.items():
             # A bool is an int to Python, and a wrong label here.
             if not isinstance(row, dict) or type(row.get(name)) is not kind:
-                raise EvaluationError(f"{where} lacks the field {name} ({kind.__name__}); it must be {source.format}.")
+                raise UsageError(f"{where} lacks the field {name} ({kind.__name__}); it must be {source.format}.")
             if kind is str:
                 _nonempty(row[name], f"{where} field {name},")
         yield row

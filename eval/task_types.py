@@ -30,7 +30,8 @@ from lm_eval.tasks.squad_completion.task import contains_score
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import generated
-from .task_data import DATA_VARIABLE, EvaluationError, check_texts, local_rows, local_words
+from .results import UsageError
+from .task_data import DATA_VARIABLE, check_texts, local_rows, local_words
 
 # The one number of a task that groups average, from 0 to 1: what the paper reports of it.
 SCORE = "score"
@@ -74,14 +75,14 @@ class MesaNetTask(ConfigurableTask):
         """The data set's splits from the Hub.
 
         Raises:
-            EvaluationError: the Hub does not provide it.
+            UsageError: the Hub does not provide it.
         """
         try:
             super().download(dataset_kwargs)
         # Whatever the client, its HTTP library and the data set's builder raise means the same here.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.config.task}: the Hub did not provide the data set '{self.config.dataset_path}' ({reason}); "
                 f"check the network, or give a folder with local files (--data-dir or {DATA_VARIABLE})."
             ) from error
@@ -98,7 +99,7 @@ class MesaNetTask(ConfigurableTask):
         metadata = self.config.metadata
         name = metadata.get("tokenizer") or metadata.get("pretrained")
         if not isinstance(name, str):
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.config.task} counts tokens and knows no tokenizer; name one with --model_args tokenizer=..., "
                 "or pass metadata={'tokenizer': ...} to simple_evaluate."
             )
@@ -119,7 +120,7 @@ class MesaNetTask(ConfigurableTask):
         """As lm-eval.
 
         Raises:
-            EvaluationError: a sequence has more tokens than `max_length` of the model's arguments, where that is
+            UsageError: a sequence has more tokens than `max_length` of the model's arguments, where that is
                 given.
                 lm-eval would cut off its beginning and only log it.
         """
@@ -142,7 +143,7 @@ class MesaNetTask(ConfigurableTask):
         else:
             return  # rolling windows fit by construction
         if tokens > limit:
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.config.task}, document {request.doc_id}, needs {tokens} tokens, but max_length is {limit}; "
                 "allow as many (--max-length, or max_length in --model_args) if the model can read them."
             )
@@ -324,7 +325,7 @@ class FewShot(MesaNetTask):
 
     def fewshot_context(self, doc: dict, num_fewshot: int, **kwargs) -> str:
         if num_fewshot > len(self.sampler.df):
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.config.task} shows {num_fewshot} examples, but there are only {len(self.sampler.df)} to draw "
                 "from; give a longer file, or take the task with fewer."
             )
@@ -410,10 +411,10 @@ class Generated(MesaNetTask):
             groups = [
                 self.make(metadata, value) for value in (values if isinstance(values, list | tuple) else [values])
             ]
-        except EvaluationError:
+        except UsageError:
             raise
         except ValueError as error:
-            raise EvaluationError(f"{self.config.task}: {error}") from error
+            raise UsageError(f"{self.config.task}: {error}") from error
         # By turns, so that a limit takes some of each.
         rounds = zip(*groups, strict=True)
         self.dataset = {self.evaluated_split: Dataset.from_list(list(chain.from_iterable(rounds)))}

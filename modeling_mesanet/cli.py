@@ -50,6 +50,22 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
+# Options that several commands have.
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"),
+]
+DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TextsArgument = Annotated[
+    list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
+]
+ResultsOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")]
+PlotOption = Annotated[bool, typer.Option(help="Draw the figures, too.")]
+
+
 class UserError(Exception):
     """A mistake of the user's, explained in one sentence."""
 
@@ -116,12 +132,7 @@ def _finite(value: float) -> float:
 @app.command()
 def generate(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
-        ),
-    ] = None,
+    model: ModelOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue.", show_default=DEFAULT_PROMPT)
     ] = None,
@@ -154,8 +165,8 @@ def generate(
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print words as they come, or the whole text at the end.")] = True,
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Continue a text, on standard output."""
     if prompt is not None and prompt_file is not None:
@@ -261,7 +272,7 @@ def _generation_config(model: PreTrainedModel, options: dict) -> GenerationConfi
 @app.command()
 def doctor(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check the installation: versions, devices, backends, and a self-test; exit code 1 where something is broken."""
     from .doctor import diagnose
@@ -310,7 +321,7 @@ def info(
         str | None,
         typer.Argument(help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Describe a checkpoint without loading its weights: parameters, state bytes per sequence, layers, solver."""
     from .info import describe
@@ -376,7 +387,7 @@ def convert(
     compare: Annotated[
         bool, typer.Option(help="Compare logits too, where flash-linear-attention is installed and finds a GPU.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint from or to flash-linear-attention, or initialise one from a softmax transformer.
 
@@ -424,8 +435,8 @@ def check(
         str | None,
         typer.Argument(help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
 ) -> None:
     """Prove that batches, pads, packing, caches and backends change no result of a checkpoint; else exit code 1."""
     from .check import check as run_checks
@@ -567,55 +578,6 @@ def card(
         typer.echo(file)
 
 
-@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def evaluate(
-    context: typer.Context,
-    tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="Tasks or groups, ours or lm-eval's, with commas between them.")
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
-        ),
-    ] = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="Folder with local data.", show_default="MESANET_DATA, or else data sets from the Hub"),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder for results and samples; goes on after interruption.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence at most.", show_default="what the tasks need")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder with results.")] = False,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out tasks that the data folder has no file for.")
-    ] = False,
-) -> None:
-    """Evaluate a model with lm-eval; options not listed here are lm-eval's, such as --limit and --batch_size."""
-    from .eval.harness import evaluate
-    from .eval.task_data import EvaluationError
-
-    with _exit_codes(context):
-        try:
-            evaluate(
-                model,
-                tasks,
-                data_dir=data_dir,
-                output=output,
-                dtype=dtype.value,
-                max_length=max_length,
-                overwrite=overwrite,
-                skip_missing=skip_missing,
-                options=context.args,
-            )
-        except EvaluationError as error:
-            raise UserError(str(error)) from error
-
-
 @contextmanager
 def _evaluation(context: typer.Context) -> Iterator[None]:
     """`_exit_codes` for the commands of `modeling_mesanet.eval`, whose own mistakes become a `UserError`."""
@@ -628,19 +590,52 @@ def _evaluation(context: typer.Context) -> Iterator[None]:
             raise UserError(str(error)) from error
 
 
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="Tasks or groups, ours or lm-eval's, with commas between them.")
+    ],
+    model: ModelOption = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder with local data.", show_default="MESANET_DATA, or else data sets from the Hub"),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for results and samples; goes on after interruption.")
+    ] = None,
+    dtype: DtypeOption = Dtype.float32,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence at most.", show_default="what the tasks need")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder with results.")] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks that the data folder has no file for.")
+    ] = False,
+) -> None:
+    """Evaluate a model with lm-eval; options not listed here are lm-eval's, such as --limit and --batch_size."""
+    from .eval.harness import evaluate
+
+    with _evaluation(context):
+        evaluate(
+            model,
+            tasks,
+            data_dir=data_dir,
+            output=output,
+            dtype=dtype.value,
+            max_length=max_length,
+            overwrite=overwrite,
+            skip_missing=skip_missing,
+            options=context.args,
+        )
+
+
 @app.command()
 def perplexity(
     context: typer.Context,
-    texts: Annotated[
-        list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
-        ),
-    ] = None,
+    texts: TextsArgument,
+    output: ResultsOption,
+    model: ModelOption = None,
     reference: Annotated[
         str | None, typer.Option(help="A model with the same tokenizer to compare with, position by position.")
     ] = None,
@@ -654,10 +649,10 @@ def perplexity(
         int | None,
         typer.Option(min=1, help="Tokens in one forward pass, over all documents.", show_default="by device"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw the figure, too.")] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    resume: ResumeOption = False,
+    plot: PlotOption = True,
 ) -> None:
     """Measure the loss by token position: of whole documents, or in windows of several context lengths."""
     from .eval.perplexity import print_result, run
@@ -684,16 +679,9 @@ def perplexity(
 @app.command()
 def compute_sweep(
     context: typer.Context,
-    texts: Annotated[
-        list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
-        ),
-    ] = None,
+    texts: TextsArgument,
+    output: ResultsOption,
+    model: ModelOption = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window, read with an empty state.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each document to read at most.")] = None,
     steps: Annotated[
@@ -709,10 +697,10 @@ def compute_sweep(
     tokens_at_once: Annotated[
         int | None, typer.Option(min=1, help="Tokens in one forward pass, over all windows.", show_default="by device")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw the figures, too.")] = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    resume: ResumeOption = False,
+    plot: PlotOption = True,
 ) -> None:
     """Measure quality against solver steps, and where a model spends them: layers, heads, positions."""
     from .eval.compute_sweep import print_result, run
@@ -751,7 +739,7 @@ def synthetic(
             "selective-copying, memorization, compression.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; new or empty.")],
+    output: ResultsOption,
     layers: Annotated[
         str, typer.Option(help="Layers to compare, with commas; gla is MesaNet with the solver off.")
     ] = "mesanet,gla,attention",
@@ -771,8 +759,8 @@ def synthetic(
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of its own.")] = 1,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")] = "cpu",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --output.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw the figure, too.")] = True,
+    resume: ResumeOption = False,
+    plot: PlotOption = True,
 ) -> None:
     """Train sequence layers from scratch on synthetic tasks, and compare their accuracy."""
     from .eval.synthetic import benchmark, print_result
@@ -807,15 +795,10 @@ def prefill(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="State file to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, or Hub id.", show_default="the bundled checkpoint"
-        ),
-    ] = None,
+    model: ModelOption = None,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at a time; memory grows with it.")] = 2048,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")] = Dtype.float32,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Read a text into a state file, in constant memory; `mesanet generate --state` goes on from it."""
     from .prefill import prefill as read_text

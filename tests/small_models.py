@@ -2,6 +2,7 @@
 """Small models for tests."""
 
 import torch
+from transformers.cache_utils import Cache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
 
@@ -34,3 +35,19 @@ def make_model(cls=MesaNetForCausalLM, *, seed: int = 0, dtype: torch.dtype = to
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
     return model.to(dtype)
+
+
+def random_ids(batch: int, length: int, seed: int = 1, vocab_size: int = SMALL["vocab_size"]) -> torch.Tensor:
+    """Tokens `[batch, length]`, none of them 0, which is often a pad."""
+    return torch.randint(1, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def states(cache: Cache) -> list[torch.Tensor]:
+    """Every state tensor of the cache, in order."""
+    return [
+        state
+        for layer in cache.layers
+        for slots in (layer.conv_states, layer.recurrent_states)
+        for state in slots.values()
+        if state is not None
+    ]

@@ -10,26 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import random_ids, states
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from modeling_mesanet import MesaNetModel
 from modeling_mesanet.cache_mesanet import MesaNetCacheLayer, state_bytes, upgrade_cache
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def states(cache: Cache) -> list[torch.Tensor]:
-    """Every state tensor of the cache, in order."""
-    return [
-        state
-        for layer in cache.layers
-        for slots in (layer.conv_states, layer.recurrent_states)
-        for state in slots.values()
-        if state is not None
-    ]
 
 
 def snapshot(cache: Cache) -> list[torch.Tensor]:

@@ -2,13 +2,17 @@
 """generate(): every way of decoding against the plain loop, continuation, compilation, and clear refusals."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import random_ids
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -27,10 +31,6 @@ from modeling_mesanet.mesa import mesa_solver
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -495,8 +495,17 @@ def test_what_transformers_itself_refuses(model):
     """Nothing of the model runs before these end, so the sentences are transformers'."""
     if hasattr(type(model), "supports_context_parallel"):  # newer than the oldest transformers
         assert not model.supports_context_parallel
-    with pytest.raises(RuntimeError, match="should be applied to DynamicCache containing only"):
-        executorch.export_with_dynamic_cache(model, random_ids(1, 5), torch.ones(1, 5).long())
+    # In a process of its own: what other exports register for caches stays registered in theirs.
+    program = """
+import torch
+from small_models import make_model, random_ids
+from transformers.integrations import executorch
+executorch.export_with_dynamic_cache(make_model(), random_ids(1, 5), torch.ones(1, 5).long())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "should be applied to DynamicCache containing only" in run.stderr
     exported = copy.deepcopy(model)
     exported.generation_config = GenerationConfig(cache_implementation="static", use_cache=True)
     with pytest.raises(AttributeError, match="'LinearAttentionLayer' object has no attribute"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,10 +26,6 @@ from modeling_mesanet import MesaNetForCausalLM, MesaNetForSequenceClassificatio
 from modeling_mesanet.configuration_mesanet import LORA_TARGET_MODULES
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

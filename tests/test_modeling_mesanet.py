@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from small_models import random_ids
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,10 +29,6 @@ from modeling_mesanet import (
 from modeling_mesanet.mesa import mesa_reference
 
 FP32_PARAMETERS = ("beta_bias", "gamma_bias", "lambda_param")
-
-
-def random_ids(batch: int, length: int, seed: int = 1, vocab_size: int = 97) -> torch.Tensor:
-    return torch.randint(1, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def is_fp32_parameter(name: str) -> bool:

@@ -3,34 +3,24 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import random_ids as ids_of
+from small_models import states
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_mesanet import MesaNetForCausalLM, rollback_mesanet
 
 # So few tokens that pairs of them recur and prompt lookup finds drafts, right ones and wrong ones.
 VOCABULARY = 11
+random_ids = partial(ids_of, vocab_size=VOCABULARY)
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
 LOOKUP = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def states(cache) -> list[torch.Tensor]:
-    return [
-        state
-        for layer in cache.layers
-        for slots in (layer.conv_states, layer.recurrent_states)
-        for state in slots.values()
-        if state is not None
-    ]
 
 
 def assert_same_state(cache, expected, tolerance: float) -> None:

@@ -4,11 +4,14 @@
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import random_ids as ids_of
+from small_models import states
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from modeling_mesanet import (
@@ -29,20 +32,7 @@ from modeling_mesanet.state_mesanet import StateError, fingerprint_tokenizer, fi
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 VOCABULARY = 6144  # the bundled tokenizer's
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def states(cache) -> list[torch.Tensor]:
-    return [
-        state
-        for layer in cache.layers
-        for slots in (layer.conv_states, layer.recurrent_states)
-        for state in slots.values()
-        if state is not None
-    ]
+random_ids = partial(ids_of, vocab_size=VOCABULARY)
 
 
 def assert_equal(cache, expected) -> None:

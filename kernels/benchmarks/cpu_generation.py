@@ -10,8 +10,6 @@ all tokens at once. It gets the number of threads that suits it better. Its outp
 anything is timed.
 """
 
-import json
-import os
 import platform
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from modeling_mesanet import MesaNetForCausalLM, bundled_checkpoint, modeling_mesanet
+from modeling_mesanet.files import write_json
 from modeling_mesanet.mesa import MesaOutput, mesa_reference
 
 RESULTS = Path(__file__).parent / "results" / "cpu_generation.json"
@@ -166,10 +165,7 @@ def main(
         },
         "revision": revision(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_json(output, content)
 
 
 def cpu_name() -> str:

@@ -24,15 +24,13 @@ import gc
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -43,20 +41,13 @@ import transformers
 import typer
 from gpu_operators import (
     CONSOLE,
-    RESULTS,
-    ROOT,
     SAME_FUNCTION,
     Clock,
     Skip,
     explain,
-    find_peer,
-    read_driver,
-    read_revision,
     relative_error,
-    replace_json,
     require,
-    start_results,
-    versions,
+    run_sections,
 )
 from plot_generation import draw
 from rich.box import SIMPLE
@@ -76,7 +67,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
-from modeling_mesanet.mesa import select_backend, short_convolution
+from modeling_mesanet.mesa import short_convolution
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
 
 # Relative difference of logits, of bfloat16 models of random weights that compute in another order; wrong ones would
@@ -627,57 +618,21 @@ def main(
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, to try the program; written to outputs/.")] = False,
 ) -> None:
     """Measure generation by MesaNet and its neighbours."""
-    began = time.monotonic()
-    selected = [name.strip() for name in only.split(",") if name.strip()] or list(SECTIONS)
-    if unknown := set(selected) - set(SECTIONS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: take some of {', '.join(SECTIONS)}.")
-    place = torch.device(device)
-    if place.type != "cuda" and not smoke:
-        raise typer.BadParameter(f"On {device} the full sizes would take hours; add --smoke.")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch finds no CUDA device; --device cpu --smoke tries the program without one.")
-
-    peer_version = find_peer(place)
-    plan = SMOKE if smoke else Plan()
-    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
-    name = "gpu_generation_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
-    path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
-    about = {
-        "date": date.today().isoformat(),
-        "gpu": gpu,
-        "driver": read_driver(),
-        "versions": versions(peer_version) | {"transformers": transformers.__version__},
-        "revision": revision or read_revision(),
-        "backend": list(select_backend(place)),
-        "plan": json.loads(json.dumps(asdict(plan))),
-        "figure": None,
-    }
-    if about["revision"] is None:
-        CONSOLE.print(
-            "The git revision cannot be read here, and the README takes no figures without: give --revision."
-        )
-    results = start_results(path, about, SECTIONS)
-    failures = 0
-    with ExitStack() as stack:
-        if place.type == "cuda":
-            stack.enter_context(torch.cuda.device(place))
-        bench = Bench(Clock(place, seconds - (time.monotonic() - began)), plan, peer_version)
-        for section in (name for name in SECTIONS if name in selected):
-            results[section] = SECTIONS[section](bench)
-            replace_json(path, results)
-            CONSOLE.print(table_of(section, results[section]))
-            failures += sum("failed" in row and row["operator"] == "mesa" for row in results[section])
-    try:
-        draw(results, path.with_suffix(".png"))
-        replace_json(path, results | {"figure": f"{name}.png"})
-    except ImportError:
-        CONSOLE.print(
-            "matplotlib is not installed, so there is no figure; plot_generation.py draws it from the results."
-        )
-    CONSOLE.print(f"{path}, after {time.monotonic() - began:.0f} s")
-    if failures:
-        CONSOLE.print(f"{failures} of our own rows failed; the tables say why.")
-        raise typer.Exit(1)
+    run_sections(
+        "gpu_generation",
+        SECTIONS,
+        Bench,
+        SMOKE if smoke else Plan(),
+        table_of,
+        draw,
+        device=device,
+        only=only,
+        revision=revision,
+        output=output,
+        seconds=seconds,
+        smoke=smoke,
+        libraries={"transformers": transformers.__version__},
+    )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
+from modeling_mesanet.files import write_json
 from modeling_mesanet.mesa import mesa_attention, mesa_reference, mesa_step, select_backend
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
 
@@ -869,12 +870,87 @@ def start_results(path: Path, about: dict, sections: Iterable[str]) -> dict:
     return about | {name: before[name] for name in sections if name in before}
 
 
-def replace_json(path: Path, content: dict) -> None:
-    """Write all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def run_sections(
+    program: str,
+    sections: dict[str, Callable],
+    make_bench: Callable[[Clock, object, str | None], object],
+    plan: object,
+    table_of: Callable[[str, list[dict]], Table],
+    draw: Callable[[dict, Path], None],
+    *,
+    device: str,
+    only: str,
+    revision: str | None,
+    output: Path | None,
+    seconds: float,
+    smoke: bool,
+    libraries: dict[str, str] | None = None,
+) -> None:
+    """What a benchmark of several sections does: check its options, measure, write after each section, draw.
+
+    Args:
+        program: name of the results file, to which that of the GPU is added.
+        sections: by name, what measures a section with the bench and returns its rows.
+        plan: a dataclass of the sizes, for `make_bench` and the results.
+        libraries: versions to record beside those of `versions`.
+        device, only, revision, output, seconds, smoke: the options of `main`.
+
+    Raises:
+        typer.BadParameter: an option cannot be followed here.
+        typer.Exit: a row of our own failed.
+    """
+    began = time.monotonic()
+    selected = [name.strip() for name in only.split(",") if name.strip()] or list(sections)
+    if unknown := set(selected) - set(sections):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: take some of {', '.join(sections)}.")
+    place = torch.device(device)
+    if place.type != "cuda" and not smoke:
+        raise typer.BadParameter(f"On {device} the full sizes would take hours; add --smoke.")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device; --device cpu --smoke tries the program without one.")
+
+    peer_version = find_peer(place)
+    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+    name = f"{program}_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
+    path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
+    about = {
+        "date": date.today().isoformat(),
+        "gpu": gpu,
+        "driver": read_driver(),
+        "versions": versions(peer_version) | (libraries or {}),
+        "revision": revision or read_revision(),
+        "backend": list(select_backend(place)),
+        "plan": json.loads(json.dumps(asdict(plan))),
+        "figure": None,
+    }
+    if about["revision"] is None:
+        CONSOLE.print(
+            "The git revision cannot be read here, and the README takes no figures without: give --revision."
+        )
+    results = start_results(path, about, sections)
+    failures = 0
+    with ExitStack() as stack:
+        if place.type == "cuda":
+            stack.enter_context(torch.cuda.device(place))
+        bench = make_bench(Clock(place, seconds - (time.monotonic() - began)), plan, peer_version)
+        for section in (name for name in sections if name in selected):
+            rows = sections[section](bench)
+            results[section] = rows
+            write_json(path, results)
+            CONSOLE.print(table_of(section, rows))
+            failures += sum("failed" in row and row["operator"] == "mesa" for row in rows)
+            failures += sum(name.startswith("mesa") for row in rows for name in row.get("failures", {}))
+    try:
+        draw(results, path.with_suffix(".png"))
+        write_json(path, results | {"figure": f"{name}.png"})
+    except ImportError:
+        CONSOLE.print(
+            f"matplotlib is not installed, so there is no figure; {draw.__module__}.py draws it from the results."
+        )
+    CONSOLE.print(f"{path}, after {time.monotonic() - began:.0f} s")
+    if failures:
+        CONSOLE.print(f"{failures} of our own rows failed; the tables say why.")
+        raise typer.Exit(1)
 
 
 def main(
@@ -886,59 +962,20 @@ def main(
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, to try the program; written to outputs/.")] = False,
 ) -> None:
     """Measure the Mesa operator and its peer."""
-    began = time.monotonic()
-    selected = [name.strip() for name in only.split(",") if name.strip()] or list(SECTIONS)
-    if unknown := set(selected) - set(SECTIONS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: take some of {', '.join(SECTIONS)}.")
-    place = torch.device(device)
-    if place.type != "cuda" and not smoke:
-        raise typer.BadParameter(f"On {device} the full sizes would take hours; add --smoke.")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch finds no CUDA device; --device cpu --smoke tries the program without one.")
-
-    peer_version = find_peer(place)
-    plan = SMOKE if smoke else Plan()
-    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
-    name = "gpu_operators_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
-    path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
-    about = {
-        "date": date.today().isoformat(),
-        "gpu": gpu,
-        "driver": read_driver(),
-        "versions": versions(peer_version),
-        "revision": revision or read_revision(),
-        "backend": list(select_backend(place)),
-        "plan": json.loads(json.dumps(asdict(plan))),
-        "figure": None,
-    }
-    if about["revision"] is None:
-        CONSOLE.print(
-            "The git revision cannot be read here, and the README takes no figures without: give --revision."
-        )
-    results = start_results(path, about, SECTIONS)
-    failures = 0
-    with ExitStack() as stack:
-        if place.type == "cuda":
-            stack.enter_context(torch.cuda.device(place))
-        bench = Bench(Clock(place, seconds - (time.monotonic() - began)), plan, peer_version)
-        for section in (name for name in SECTIONS if name in selected):
-            rows = SECTIONS[section](bench)
-            results[section] = rows
-            replace_json(path, results)
-            CONSOLE.print(table_of(section, rows))
-            failures += sum("failed" in row and row["operator"] == "mesa" for row in rows)
-            failures += sum(name.startswith("mesa") for row in rows for name in row.get("failures", {}))
-    try:
-        draw(results, path.with_suffix(".png"))
-        replace_json(path, results | {"figure": f"{name}.png"})
-    except ImportError:
-        CONSOLE.print(
-            "matplotlib is not installed, so there is no figure; plot_operators.py draws it from the results."
-        )
-    CONSOLE.print(f"{path}, after {time.monotonic() - began:.0f} s")
-    if failures:
-        CONSOLE.print(f"{failures} of our own rows failed; the tables say why.")
-        raise typer.Exit(1)
+    run_sections(
+        "gpu_operators",
+        SECTIONS,
+        Bench,
+        SMOKE if smoke else Plan(),
+        table_of,
+        draw,
+        device=device,
+        only=only,
+        revision=revision,
+        output=output,
+        seconds=seconds,
+        smoke=smoke,
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ python kernels/benchmarks/plot_generation.py kernels/benchmarks/results/gpu_gene
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from modeling_mesanet.files import replacing
 
 # What a curve is called, by the `operator` and `cache` of its rows.
 CURVES = {
@@ -60,9 +61,8 @@ def draw(results: dict, path: Path) -> None:
         steps.set_ylim(bottom=0)
     if found_memory:
         memory.set_ylim(bottom=0)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def main(results: Annotated[Path, typer.Argument(help="JSON that gpu_generation.py wrote.")]) -> None:

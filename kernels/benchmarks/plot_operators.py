@@ -5,11 +5,12 @@ python kernels/benchmarks/plot_operators.py kernels/benchmarks/results/gpu_opera
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from modeling_mesanet.files import replacing
 
 # What a curve or bar is called, by the `operator` and `setting` of its rows.
 CURVES = {
@@ -81,9 +82,8 @@ def draw(results: dict, path: Path) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def main(results: Annotated[Path, typer.Argument(help="JSON that gpu_operators.py wrote.")]) -> None:

@@ -7,8 +7,9 @@ from each `results/NAME_<machine>.json`.
 
 import json
 import math
-import os
 from pathlib import Path
+
+from modeling_mesanet.files import replacing
 
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
@@ -371,6 +372,5 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
-    os.replace(temporary, README)
+    with replacing(README) as temporary:
+        temporary.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -29,13 +29,14 @@ import torch
 import transformers
 import typer
 from cpu_generation import cpu_name
-from gpu_operators import read_driver, read_revision, replace_json, versions
+from gpu_operators import read_driver, read_revision, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer, DynamicCache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
+from modeling_mesanet.files import write_json
 
 T = TypeVar("T")
 
@@ -189,7 +190,7 @@ def main(
             table.add_row(str(row["tokens"]), f"{row['plain_ms']:.2f}", f"{row['rollback_ms']:.2f}")
         console.print(table)
     gpu = "_" + re.sub(r"[^A-Za-z0-9]+", "_", machine.removeprefix("NVIDIA ")) if place.type == "cuda" else ""
-    replace_json(output / f"speculative_decoding{gpu}.json", results)
+    write_json(output / f"speculative_decoding{gpu}.json", results)
     if wrong:
         console.print("tokens differ from the greedy ones in float32: something is broken, or two logits tied")
         raise typer.Exit(1)

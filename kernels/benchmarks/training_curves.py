@@ -48,7 +48,6 @@ from gpu_operators import (
     find_peer,
     read_driver,
     read_revision,
-    replace_json,
     table_of,
     versions,
 )
@@ -60,7 +59,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
-from modeling_mesanet.files import replacing
+from modeling_mesanet.files import replacing, write_json
 from modeling_mesanet.mesa import select_backend
 
 sys.path.append(str(ROOT / "examples"))
@@ -429,12 +428,12 @@ def main(
         curves = Curves(plan, place, peer_version, tokenizer, tokens, control)
         for section, measure in SECTIONS.items():
             results[section] = measure(curves)
-            replace_json(path, results)
+            write_json(path, results)
             rows = results[section]
             CONSOLE.print(table_of(section, rows) if section == "errors" else runs_table(section, rows["runs"]))
     try:
         draw(results, path.with_suffix(".png"))
-        replace_json(path, results | {"figure": f"{name}.png"})
+        write_json(path, results | {"figure": f"{name}.png"})
     except ImportError:
         CONSOLE.print("matplotlib is not installed, so there is no figure.")
     CONSOLE.print(f"{path}, after {time.monotonic() - began:.0f} s")

@@ -23,7 +23,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from modeling_mesanet.eval import harness
-from modeling_mesanet.eval.task_data import DATA_VARIABLE, EvaluationError
+from modeling_mesanet.eval.results import UsageError
+from modeling_mesanet.eval.task_data import DATA_VARIABLE
 
 GROUPS = ("reasoning_global", "reasoning_local", "recall", "recall_twice", "perplexity", "niah")
 SINGLE = ("mqar", "passkey", "wikitext")
@@ -249,7 +250,7 @@ class TestMistakes:
         (tmp_path / "notes.txt").write_text("mine")
         evaluate(mesanet, model, data, "--output", tmp_path, fails="holds other files than an evaluation's")
         evaluate(mesanet, model, data, "--output", tmp_path / "notes.txt", fails="which is a file; give a folder")
-        with pytest.raises(EvaluationError, match="holds no finished evaluation"):
+        with pytest.raises(UsageError, match="holds no finished evaluation"):
             harness.card_entries(tmp_path)
 
     def test_unknown_task(self, mesanet, model, data):

@@ -25,7 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from modeling_mesanet import MesaNetForCausalLM
 from modeling_mesanet.eval import generated, task_data, task_types
 from modeling_mesanet.eval.harness import TASKS
-from modeling_mesanet.eval.task_data import EvaluationError
+from modeling_mesanet.eval.results import UsageError
 
 MULTIPLE_CHOICE = [
     *("hellaswag", "race_m", "race_h", "piqa", "winogrande", "arc_easy", "arc_challenge", "siqa", "boolq"),
@@ -393,7 +393,7 @@ class TestFewShot:
 
     def test_too_few_examples(self, own, load):
         write_rows(own / "fewshot/wmt14_fr-en.jsonl", [{"fr": "le", "en": "the"}] * 20)
-        with pytest.raises(EvaluationError, match="shows 50 examples, but there are only 10"):
+        with pytest.raises(UsageError, match="shows 50 examples, but there are only 10"):
             requests_of(load("fr_en_50shot"))
 
 
@@ -464,7 +464,7 @@ class TestGenerated:
     )
     def test_values_out_of_range(self, local, load, name, metadata, words):
         # Fields of the YAML file give way to lm-eval's --metadata.
-        with pytest.raises(EvaluationError, match=re.escape(words)) as error:
+        with pytest.raises(UsageError, match=re.escape(words)) as error:
             load(name, **metadata)
         assert str(error.value).startswith(f"mesanet_{name}: ")
 
@@ -505,18 +505,18 @@ class TestMistakes:
             "value (str)), which mesanet_swde needs; put it there, or leave MESANET_DATA and --data-dir out to take "
             "the data set from the Hub."
         )
-        with pytest.raises(EvaluationError, match=re.escape(words)):
+        with pytest.raises(UsageError, match=re.escape(words)):
             load("swde")
 
     def test_neither_words_nor_books(self, own, load):
         (own / "fewshot/words.txt").unlink()
         (own / "perplexity/books").rename(own / "elsewhere")
-        with pytest.raises(EvaluationError, match=r"holds no fewshot/words.txt \(a word a line\) or perplexity/books"):
+        with pytest.raises(UsageError, match=r"holds no fewshot/words.txt \(a word a line\) or perplexity/books"):
             load("anagrams1_0shot")
 
     def test_no_such_folder(self, load, monkeypatch):
         monkeypatch.setenv(task_data.DATA_VARIABLE, "/nowhere")
-        with pytest.raises(EvaluationError, match="is '/nowhere', but there is no such folder"):
+        with pytest.raises(UsageError, match="is '/nowhere', but there is no such folder"):
             load("piqa")
 
     @pytest.mark.parametrize(
@@ -532,29 +532,29 @@ class TestMistakes:
     def test_bad_rows(self, own, load, line, words):
         file = own / "local_reasoning/piqa.jsonl"
         file.write_text(file.read_text().split("\n")[0] + f"\n{line}\n")
-        with pytest.raises(EvaluationError, match=re.escape(words)):
+        with pytest.raises(UsageError, match=re.escape(words)):
             load("piqa")
 
     def test_no_rows(self, own, load):
         (own / "local_reasoning/piqa.jsonl").write_text("\n")
-        with pytest.raises(EvaluationError, match="holds no rows"):
+        with pytest.raises(UsageError, match="holds no rows"):
             load("piqa")
 
     def test_not_utf8(self, own, load):
         (own / "local_reasoning/piqa.jsonl").write_bytes(b"\xff\xfe{}")
-        with pytest.raises(EvaluationError, match="cannot be read as UTF-8"):
+        with pytest.raises(UsageError, match="cannot be read as UTF-8"):
             load("piqa")
 
     def test_empty_documents(self, own, load):
         (own / "perplexity/books/book1.txt").write_text(" \n")
-        with pytest.raises(EvaluationError, match=r"book1.txt is empty; remove it"):
+        with pytest.raises(UsageError, match=r"book1.txt is empty; remove it"):
             load("books_2k")
 
     def test_empty_document_of_the_hub(self, load, monkeypatch):
         monkeypatch.delenv(task_data.DATA_VARIABLE, raising=False)
         rows = Dataset.from_list([{"report": "text"}, {"report": ""}])
         monkeypatch.setattr("datasets.load_dataset", lambda **_: {"test": rows})
-        with pytest.raises(EvaluationError, match="mesanet_govreport_2k, document 2 is empty"):
+        with pytest.raises(UsageError, match="mesanet_govreport_2k, document 2 is empty"):
             load("govreport_2k")
 
     def test_unreachable_hub(self, load, monkeypatch):
@@ -564,15 +564,13 @@ class TestMistakes:
         monkeypatch.delenv(task_data.DATA_VARIABLE, raising=False)
         monkeypatch.setattr("datasets.load_dataset", unreachable)
         words = "mesanet_piqa: the Hub did not provide the data set 'baber/piqa' (no route); check the network"
-        with pytest.raises(EvaluationError, match=re.escape(words)):
+        with pytest.raises(UsageError, match=re.escape(words)):
             load("piqa")
 
     @pytest.mark.parametrize("name", ["boolq", "squad", "mqar", "govreport_2k"])
     def test_sequence_longer_than_the_limit(self, local, load, name):
         task = load(name, max_length=20)
-        with pytest.raises(
-            EvaluationError, match=rf"mesanet_{name}, document 0, needs \d+ tokens, but max_length is 20;"
-        ):
+        with pytest.raises(UsageError, match=rf"mesanet_{name}, document 0, needs \d+ tokens, but max_length is 20;"):
             requests_of(task)
 
     def test_sequence_of_just_the_limit(self, local, load):
@@ -580,11 +578,11 @@ class TestMistakes:
         context, target = requests_of(task, 1)[0].args
         tokens = task.count_tokens(context + target) - 1  # the last is only predicted
         requests_of(load("lambada", max_length=tokens), 1)
-        with pytest.raises(EvaluationError, match=f"needs {tokens} tokens, but max_length is {tokens - 1}"):
+        with pytest.raises(UsageError, match=f"needs {tokens} tokens, but max_length is {tokens - 1}"):
             requests_of(load("lambada", max_length=tokens - 1), 1)
 
     def test_no_tokenizer(self, local, index):
-        with pytest.raises(EvaluationError, match="knows no tokenizer; name one with --model_args tokenizer="):
+        with pytest.raises(UsageError, match="knows no tokenizer; name one with --model_args tokenizer="):
             index.load(["mesanet_books_2k"])
 
 
