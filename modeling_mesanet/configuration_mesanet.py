@@ -42,11 +42,10 @@ class MesaNetConfig(PreTrainedConfig):
         lambda_init (`float`, defaults to 1.0): regulariser at initialisation, > `lambda_lower_bound`.
         cg_max_steps_training (`int`, defaults to 30): conjugate-gradient steps in training mode; 0 leaves the solver
             out (gated linear attention).
-        cg_tolerance_training (`float`, *optional*): relative residual at which a token stops in training mode; `None`
-            runs all steps.
+        cg_tolerance_training (`float`, *optional*): relative error of a layer's output to reach in training mode: a
+            token stops at half as large a relative residual. In (0, 1); `None` runs all steps.
         cg_max_steps (`int`, defaults to 64): largest number of steps at inference.
-        cg_tolerance (`float`, *optional*, defaults to 1e-4): relative residual at which a token stops at inference;
-            `None` runs all steps.
+        cg_tolerance (`float`, *optional*, defaults to 1e-4): the same at inference.
         chunk_size (`int`, defaults to 64): tokens a chunk of the chunkwise form in torch; changes speed and memory,
             not results.
         kernel_backend (`str`, defaults to `"auto"`): what computes the Mesa layers: `"triton"`, `"torch"`, or

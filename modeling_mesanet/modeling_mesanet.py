@@ -555,7 +555,7 @@ class MesaNetPreTrainedModel(PreTrainedModel):
         the model, so they hold for its other threads too.
 
         Args:
-            cg_tolerance: relative residual at which a token stops, in (0, 1); None runs all steps.
+            cg_tolerance: relative error of the layers' outputs to reach, in (0, 1); None runs all steps.
             cg_max_steps: largest number of steps, >= 0; 0 leaves the solver out.
 
         Raises:
@@ -633,7 +633,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
             past_key_values: state to continue from, updated in place.
             inputs_embeds: embeddings `[B, T, d]`, as `get_input_embeddings()` makes them: with the embedding scale.
             use_cache: return the state; never started by itself in training mode or for packed sequences.
-            cg_tolerance: relative residual at which the solver stops for a token, in (0, 1), None to run all steps;
+            cg_tolerance: relative error of the layers' outputs to reach, in (0, 1), None to run all steps;
                 left out, what `solver()` says, or else the config (for the mode, training or not).
             cg_max_steps: largest number of solver steps, >= 0, 0 to leave the solver out; left out, the same.
             output_solver_stats: return `solver_stats`: each layer's, token's and head's steps and residuals.

@@ -81,7 +81,7 @@ def solver_curve(
         model: a causal language model, which stays as it is.
         input_ids: tokens `[B, T]`, T at least 2.
         attention_mask: `[B, T]`, 0 for pads, which do not count.
-        tolerances: relative residuals in (0, 1).
+        tolerances: as `cg_tolerance`, in (0, 1).
 
     Raises:
         ValueError: an argument is out of range.

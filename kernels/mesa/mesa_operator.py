@@ -83,7 +83,8 @@ def mesa_attention(
         output_final_state: also return the states after the last token.
         cu_seqlens: int32 or int64 `[S + 1]`, from 0 to T, not decreasing: B is 1 and T holds S packed sequences.
         max_steps: conjugate-gradient steps, >= 0; 0 leaves the solver out (`x = q`, gated linear attention).
-        tolerance: stop a token at `||r|| <= tolerance * ||q||`, in (0, 1); None runs `max_steps` steps.
+        tolerance: relative error of the output to reach, in (0, 1): a token stops at `||r|| <= tolerance / 2 * ||q||`.
+            None runs `max_steps` steps.
         backward_max_steps, backward_tolerance: the same for the second solve of the backward pass; None takes the
             forward's.
         chunk_size: C, tokens a chunk in torch, >= 1; the Triton kernels have their own.

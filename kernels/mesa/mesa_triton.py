@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from .mesa_library import NAMESPACE, OPERATORS
-from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
-from .mesa_triton_backward import key_gradients_kernel, value_gradients_kernel
+from .mesa_solver import L2_NORM_EPS, residual_bound
+from .mesa_triton_backward import gradients_kernel
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
@@ -407,7 +407,7 @@ class Layer:
             "steps": steps,
             "residual": residual,
             "max_steps": max_steps,
-            "threshold": max(tolerance or 0.0, RESIDUAL_FLOOR[torch.float32]) ** 2,
+            "threshold": residual_bound(tolerance, torch.float32) ** 2,
             "epsilon": L2_NORM_EPS,
             "BACKWARD": backward,
             "STORE_SOLUTION": keep,
@@ -464,59 +464,31 @@ class Layer:
         """The gradients of q, k, v, log_gamma, beta and lam."""
         grads = [torch.empty_like(tensor) for tensor in (q, self.k, self.v, self.log_gamma, self.beta)]
         grad_lam = self.empty(self.plan.chunks, self.heads, self.key_padded)
-        if self.plan.packed:  # chunks that do not exist have no part in it
-            grad_lam.zero_()
-        grad_q, grad_k, grad_v, grad_log_gamma, grad_beta = grads
-        later = self.empty(self.plan.chunks, self.heads, self.chunk_size, self.key_padded)
-        parts = self.key_padded // self.sizes["BK"]
-        carried = self.empty(self.plan.chunks, self.heads, parts, self.chunk_size)
-        shared = {
+        launch(
+            gradients_kernel,
+            (2 * self.plan.chunks * self.heads,),
             **named("x", "x_rest", "x_unit", values=x),
             **named("y", "y_rest", "y_unit", values=y),
-            **chunks.some("keys", "keys_rest", "values", "values_rest", "decay_whole", "decay_fraction"),
-            **chunks.some("key_factor", "value_unit"),
-            "grad_rows": adjoints.grad_rows,
-            "grad_rows_rest": adjoints.grad_rows_rest,
-            "grad_unit": adjoints.grad_unit,
-            "later": later,
-            "carried": carried,
-            "SOLVED": solved,
-            "NORMALIZE": self.normalize,
-            "TERMS": self.terms,
-            **self.chunk_arguments,
-            **self.sizes,
-        }
-        launch(
-            value_gradients_kernel,
-            (self.plan.chunks * self.heads, parts + 1),
-            **shared,
             q=q,
-            value_weight=chunks.value_weight,
+            beta=self.beta,
+            **chunks.some("keys", "keys_rest", "key_unit", "key_factor", "values", "values_rest", "value_unit"),
+            **chunks.some("decay_whole", "decay_fraction"),
+            **named("grad_rows", "grad_rows_rest", "grad_unit", values=adjoints[:3]),
+            from_earlier=adjoints.from_earlier,
             **named("dh_high", "dh_low", "dh_scale", values=dh),
             **named("dg_high", "dg_low", "dg_scale", values=dg),
-            grad_q=grad_q,
-            grad_v=grad_v,
+            crossing=crossing,
+            **named("grad_q", "grad_k", "grad_v", "grad_log_gamma", "grad_beta", values=grads),
             grad_lam=grad_lam,
             epsilon=L2_NORM_EPS,
-            num_warps=4,
-            num_stages=2,
-        )
-        launch(
-            key_gradients_kernel,
-            (self.plan.chunks * self.heads,),
-            **shared,
-            beta=self.beta,
-            key_unit=chunks.key_unit,
-            numbers=chunks.numbers,
-            crossing=crossing,
-            from_earlier=adjoints.from_earlier,
-            grad_k=grad_k,
-            grad_log_gamma=grad_log_gamma,
-            grad_beta=grad_beta,
+            SOLVED=solved,
+            NORMALIZE=self.normalize,
+            TERMS=self.terms,
             CROSSINGS=crossing.shape[-1],
-            # Without Hopper's products, whose operands lie in shared memory, four warps would run out of registers.
-            num_warps=4 if is_hopper(self.k.device) else 8,
-            num_stages=1,
+            SCALES_K=dh.scale.shape[-1],
+            SCALES_V=dg.scale.shape[-1],
+            **self.chunk_arguments,
+            **self.sizes | gradient_blocks(is_hopper(self.k.device), self.key_padded, self.terms),
         )
         return *grads, grad_lam[..., : self.key_dim].sum(0)
 
@@ -568,6 +540,20 @@ def solve_blocks(shared_memory: int, key_padded: int, terms: int) -> tuple[int, 
     if key_padded == 64 or (key_padded == 128 and (terms == 1 or shared_memory >= 104 * 1024)):
         return 32, True, 64
     return 16, False, 32
+
+
+def gradient_blocks(hopper: bool, key_padded: int, terms: int) -> dict[str, int]:
+    """Columns of the states and tokens that `gradients_kernel` takes at once, warps, and stages of loads.
+
+    On Hopper, with as much shared memory as leaves room for two programs (90 kB for K = V = 128, 96 kB in float32), of
+    which one computes while the other loads. Elsewhere 60 and 95 kB, where RTX 3090 and 4090 have 99 kB; for heads of
+    256 in float32, neither the copies of a second stage would fit, nor blocks of tokens.
+    """
+    if hopper:
+        return {"TARGETS": chunk_size_of(key_padded), "num_warps": 4 if key_padded <= 128 else 8, "num_stages": 1}
+    if terms == 2 and key_padded > 128:
+        return {"BK": 32, "BV": 32, "TARGETS": chunk_size_of(key_padded), "num_warps": 8, "num_stages": 1}
+    return {"BK": 32, "BV": 32, "TARGETS": 16, "num_warps": 8 if key_padded > 64 else 4, "num_stages": 2}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import functools
 import torch
 
 from .mesa_library import NAMESPACE
-from .mesa_solver import L2_NORM_EPS, RESIDUAL_FLOOR
+from .mesa_solver import L2_NORM_EPS, residual_bound
 
 try:  # in a try block, so that an export of the model does not list triton as required
     import triton
@@ -458,7 +458,7 @@ def launch(h: torch.Tensor, max_steps: int, tolerance: float | None, output_stat
             residual=residual,
             heads=heads,
             max_steps=max_steps,
-            threshold=max(tolerance or 0.0, RESIDUAL_FLOOR[torch.float32]) ** 2,
+            threshold=residual_bound(tolerance, torch.float32) ** 2,
             K=key_dim,
             **arguments,
             **launch_options(key_dim, arguments["V"], batch * heads <= processors(h.device)),

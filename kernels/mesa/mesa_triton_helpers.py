@@ -104,21 +104,12 @@ def decay_to_end(whole, fraction, C: tl.constexpr):
 
 
 @triton.jit
-def load_pair(top, rest, offset, TERMS: tl.constexpr, AGAIN: tl.constexpr = False):
-    """One float16 tile, or with two TERMS a pair of them; with one, the second is the first and not used.
-
-    AGAIN loads what was loaded before in a way that the compiler cannot merge with it to keep the tile in registers.
-    """
-    if AGAIN:
-        high = tl.load(top + offset, cache_modifier=".cg")
-    else:
-        high = tl.load(top + offset)
+def load_pair(top, rest, offset, TERMS: tl.constexpr):
+    """One float16 tile, or with two TERMS a pair of them; with one, the second is the first and not used."""
+    high = tl.load(top + offset)
     low = high
     if TERMS == 2:
-        if AGAIN:
-            low = tl.load(rest + offset, cache_modifier=".cg")
-        else:
-            low = tl.load(rest + offset)
+        low = tl.load(rest + offset)
     return high, low
 
 

@@ -58,18 +58,18 @@ class TestStop:
         matrix, b = systems(condition)
         x, steps, residual = solve(matrix, b, tolerance=tolerance)
         true = relative_residual(matrix, x, b)
-        assert (true <= tolerance * (1 + 1e-3)).all()
+        assert (true <= tolerance / 2 * (1 + 1e-3)).all()
         assert torch.allclose(residual, true, rtol=1e-3)
         assert steps.min() > 1
         for taken in steps.unique().tolist():
             rows = steps == taken
             before = solve(matrix[rows], b[rows], max_steps=taken - 1)[0]
-            assert (relative_residual(matrix[rows], before, b[rows]) > tolerance).all()
+            assert (relative_residual(matrix[rows], before, b[rows]) > tolerance / 2).all()
 
     def test_float32_meets_a_tolerance_above_its_rounding(self):
         matrix, b = systems(1e3, torch.float32)
         x, _, _ = solve(matrix, b, tolerance=1e-4)
-        assert (relative_residual(matrix, x, b) <= 1.5e-4).all()
+        assert (relative_residual(matrix, x, b) <= 1e-4).all()
 
     def test_tighter_tolerances_never_take_fewer_steps(self):
         matrix, b = systems(1e3)

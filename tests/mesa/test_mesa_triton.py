@@ -120,7 +120,7 @@ def test_kernels_compile_ahead(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     forward, both, again = json.loads(run.stdout)
     assert forward == dict.fromkeys(("prepare_chunks_kernel", "carry_states_kernel", "solve_chunks_hopper_kernel"), 1)
-    gradients = ("carry_adjoints_kernel", "value_gradients_kernel", "key_gradients_kernel")
+    gradients = ("carry_adjoints_kernel", "gradients_kernel")
     # The solve that keeps its solutions, and that of the backward pass, are kernels of their own.
     assert both == forward | dict.fromkeys(gradients, 1) | {"solve_chunks_hopper_kernel": 3}
     assert again == both
@@ -140,15 +140,16 @@ class TestOnGPU:
         found = compare(Case(family, 300, size, size, dtype=dtype, options={"max_steps": 200}), "cuda")
         check(found, dtype, gradient_bound=3e-3)
 
+    @pytest.mark.parametrize(("tolerance", "bound"), [(1e-3, 1e-3), (1e-4, 2e-4)])
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_the_accuracy_contract(self, family):
+    def test_the_accuracy_contract(self, family, tolerance, bound):
         """16-bit queries and keys, float32 values, so that the output is not rounded; errors in the Euclidean norm."""
         inputs = make_inputs(family, 1, 512, 2, 128, 128, dtype=torch.float32)
         inputs = inputs._replace(q=inputs.q.bfloat16(), k=inputs.k.bfloat16())
         expected, _ = mesa_reference(*inputs.to(torch.float64))
         on_gpu = [tensor.cuda() for tensor in inputs]
-        o = mesa_attention(*on_gpu, max_steps=96, tolerance=1e-4, backend="triton").o.cpu().double()
-        assert (o - expected).norm() <= 2e-4 * expected.norm()
+        o = mesa_attention(*on_gpu, max_steps=96, tolerance=tolerance, backend="triton").o.cpu().double()
+        assert (o - expected).norm() <= bound * expected.norm()
 
     def test_bitwise_repeatable(self):
         inputs = Inputs(*(tensor.cuda() for tensor in make_inputs("silu", 2, 300, 2, 128, 128, dtype=torch.float32)))
