@@ -6,6 +6,7 @@ Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size,
 
 import copy
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -31,13 +33,17 @@ from .configuration_mesanet import MesaNetConfig
 from .mesa import (
     PadOrder,
     SolverStats,
+    add_linear,
     check_solver,
     decode_layer,
     decodes_layer,
+    fuses_linears,
     gates,
     head_norm,
     mesa_attention,
     mesa_step,
+    norm_gated_linears,
+    norm_linears,
     short_convolution,
 )
 from .rollback_mesanet import Consumed
@@ -230,7 +236,10 @@ class MesaNetMixer(nn.Module):
         state = None if cache is None else cache.recurrent_state()
         # One launch would keep to itself what taking the token back needs.
         if in_place and state is not None and not recording and self.decodes_in_one_launch(hidden_states):
-            o, stats = self.decode(hidden_states, q, k, v, attention_mask, cache, state, solver)
+            gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
+            with maybe_autocast(hidden_states.device.type, enabled=False):
+                beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
+            o, stats = self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
             return self.o_proj(o), stats
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
@@ -282,6 +291,13 @@ class MesaNetMixer(nn.Module):
             stats = SolverStats(*(values.detach().reshape(*shape[:2], self.num_heads) for values in stats))
         return self.o_proj(o.flatten(2)).reshape(shape), stats
 
+    def input_weights(self) -> tuple[list[torch.Tensor], int]:
+        """The weights of all projections of the layer's input, and how many come before those of the gates."""
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        if self.output_gate_proj is not None:
+            projections.append(self.output_gate_proj)
+        return [part.weight for part in (*projections, self.beta_proj, self.gamma_proj)], len(projections)
+
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
         """Whether one kernel does all of a token between the projections: on a GPU, unless a module was replaced."""
         own = (
@@ -295,24 +311,23 @@ class MesaNetMixer(nn.Module):
 
     def decode(
         self,
-        hidden_states: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        gate: torch.Tensor | None,
+        beta_logit: torch.Tensor,
+        gamma_logit: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: MesaNetCacheLayer,
-        state: tuple[torch.Tensor, torch.Tensor],
         solver: Solver,
     ) -> tuple[torch.Tensor, SolverStats | None]:
         """One token from its projections up to the output projection, `[B, 1, H * V]`; updates `cache` in place."""
         config, convolutions = self.config, (self.q_conv, self.k_conv, self.v_conv)
+        state = cache.recurrent_state()
         conv_states = [
             None if convolution is None else cache.conv_state(slot)
             for slot, convolution in zip((CONV_Q, CONV_K, CONV_V), convolutions, strict=True)
         ]
-        gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
         o, *stats = decode_layer(
             q,
             k,
@@ -354,6 +369,74 @@ class MesaNetMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+# What the parts of a layer must be for `MesaNetDecoderLayer.decode` to know what they compute.
+LAYER_PARTS = {
+    **dict.fromkeys(("mixer_norm", "mlp_norm"), (MesaNetRMSNorm,)),
+    "mixer": (MesaNetMixer,),
+    "mlp": (MesaNetMLP,),
+}
+MIXER_PARTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (nn.Linear,)),
+    **dict.fromkeys(("beta_proj", "gamma_proj"), (MesaNetGateProjection,)),
+    "output_gate_proj": (nn.Linear, type(None)),
+    **dict.fromkeys(("q_conv", "k_conv"), (MesaNetShortConvolution,)),
+    "v_conv": (MesaNetShortConvolution, type(None)),
+    "o_norm": (MesaNetRMSNorm,),
+}
+MLP_PARTS = {
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (nn.Linear,)),
+    "act_fn": (nn.SiLU, type(ACT2FN["silu"])),
+}
+
+
+class Composition(NamedTuple):
+    """The parts of a layer that consists of this file's modules and torch's, with plain weights and without hooks.
+
+    A layer with adapters, quantised weights, a tensor parallel plan, offloading, or a hook that watches activations is
+    none.
+    """
+
+    # Dictionaries of modules, a name in each, and what it stood for (None: nothing).
+    links: tuple[tuple[dict, str, object], ...]
+    hooks: tuple[dict, ...]
+    weights: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def of(layer: nn.Module) -> "Composition | None":
+        """None if `layer` is no such layer."""
+        links, weights = [], []
+        hooks = [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+        for parts, owner in ((LAYER_PARTS, layer), (MIXER_PARTS, layer.mixer), (MLP_PARTS, layer.mlp)):
+            for name, kinds in parts.items():
+                module = owner._modules.get(name)
+                links.append((owner._modules, name, module))
+                if type(module) not in kinds:
+                    return None
+                if module is None:
+                    continue
+                links.append((module.__dict__, "forward", None))
+                hooks += [module._forward_hooks, module._forward_pre_hooks]
+                if isinstance(module, nn.Linear):
+                    weight = module._parameters.get("weight")
+                    if type(weight) is not nn.Parameter or not weight.is_contiguous():
+                        return None
+                    links += [(module._parameters, "weight", weight), (module._parameters, "bias", None)]
+                    weights.append(weight)
+        found = Composition(tuple(links), tuple(hooks), tuple(weights))
+        return found if found.holds() else None
+
+    def holds(self) -> bool:
+        """Whether nothing was replaced and no hook added since."""
+        for names, name, value in self.links:
+            if names.get(name) is not value:
+                return False
+        return not any(self.hooks)
+
+
+# To find a layer's parts takes several times as long as to see that they are still there.
+COMPOSITIONS: "weakref.WeakKeyDictionary[nn.Module, Composition]" = weakref.WeakKeyDictionary()
+
+
 class MesaNetDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual block: Mesa layer, then gated MLP."""
 
@@ -379,12 +462,68 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `[B, T, d]`; paired with the solver's statistics where they are wanted.
         """
+        if past_key_values is not None and self.decodes_in_five_launches(hidden_states, past_key_values):
+            cache = past_key_values.layers[self.mixer.layer_idx]
+            hidden_states, stats = self.decode(hidden_states, attention_mask, cache, solver)
+            return hidden_states if stats is None else (hidden_states, stats)
         mixed, stats = self.mixer(
             self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens, solver=solver
         )
         hidden_states = hidden_states + mixed
         hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states if stats is None else (hidden_states, stats)
+
+    def decodes_in_five_launches(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
+        """Whether `decode` may stand for the modules: one token, no gradients, a GPU, and nobody else has a say."""
+        mixer = self.mixer
+        if hidden_states.shape[1] != 1 or torch.is_grad_enabled() or type(mixer) is not MesaNetMixer:
+            return False
+        if not mixer.decodes_in_one_launch(hidden_states):
+            return False
+        cache = past_key_values.layers[mixer.layer_idx]
+        if cache.record_past or cache.recurrent_state() is None:
+            return False
+        if torch.is_autocast_enabled(hidden_states.device.type) or not self.is_unchanged(hidden_states):
+            return False
+        weights, _ = mixer.input_weights()
+        outputs = tuple(weight.shape[0] for weight in weights)
+        sizes = weights[0].shape[1], outputs, mixer.o_proj.in_features, self.mlp.down_proj.in_features
+        return fuses_linears(hidden_states, sizes, mixer.config.kernel_backend)
+
+    def is_unchanged(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the layer consists of what it was made of, in the dtype and on the device of `hidden_states`.
+
+        Asked at every token: adapters, hooks and offloading may come and go.
+        """
+        found = None if torch.compiler.is_compiling() else COMPOSITIONS.get(self)
+        if found is None or not found.holds():
+            found = Composition.of(self)
+            if found is None:
+                return False
+            if not torch.compiler.is_compiling():
+                COMPOSITIONS[self] = found
+        dtype, device = hidden_states.dtype, hidden_states.device
+        return all(weight.dtype == dtype and weight.device == device for weight in found.weights)
+
+    def decode(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: MesaNetCacheLayer,
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
+        """One token in five launches; updates `cache` in place. Rounds where the modules do."""
+        mixer, mlp = self.mixer, self.mlp
+        cache.make_writable()
+        weights, rounded = mixer.input_weights()
+        norm = self.mixer_norm
+        *values, beta_logit, gamma_logit = norm_linears(hidden_states, norm.weight, norm.eps, weights, rounded)
+        q, k, v, gate = values if len(values) == 4 else (*values, None)
+        o, stats = mixer.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
+        hidden_states = add_linear(o, mixer.o_proj.weight, hidden_states)
+        norm = self.mlp_norm
+        gated = norm_gated_linears(hidden_states, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
+        return add_linear(gated, mlp.down_proj.weight, hidden_states), stats
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):

@@ -2,7 +2,18 @@
 """The Mesa layer's operators: `mesa_attention` (sequences), `mesa_step` (one token), `mesa_reference` (the oracle)."""
 
 from .mesa_dispatch import BackendError, requested_backend, select_backend
-from .mesa_layers import PadOrder, decode_layer, decodes_layer, gates, head_norm, short_convolution
+from .mesa_layers import (
+    PadOrder,
+    add_linear,
+    decode_layer,
+    decodes_layer,
+    fuses_linears,
+    gates,
+    head_norm,
+    norm_gated_linears,
+    norm_linears,
+    short_convolution,
+)
 from .mesa_operator import (
     MesaOutput,
     MesaState,
@@ -19,14 +30,18 @@ __all__ = [
     "MesaState",
     "PadOrder",
     "SolverStats",
+    "add_linear",
     "check_solver",
     "decode_layer",
     "decodes_layer",
+    "fuses_linears",
     "gates",
     "head_norm",
     "mesa_attention",
     "mesa_reference",
     "mesa_step",
+    "norm_gated_linears",
+    "norm_linears",
     "requested_backend",
     "select_backend",
     "short_convolution",

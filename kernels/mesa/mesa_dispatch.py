@@ -27,7 +27,8 @@ LARGEST_HEAD = 256
 SELF_TEST_TOLERANCE = 1e-3
 
 
-# What `kernels_are_right` has turned down: devices, head sizes, dtypes, and whether with gradients.
+# What `kernels_are_right` has turned down: devices, head sizes, dtypes, and whether with gradients; and what
+# `linears_are_right` has: its arguments.
 FAULTY: set[tuple] = set()
 
 
@@ -203,3 +204,87 @@ def problem_of_kernels(
     except Exception as failure:
         problem = f"{type(failure).__name__}: {failure}"
     return problem
+
+
+@torch.compiler.assume_constant_result
+def use_fused_linears(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    backend: str | None,
+    hidden: int,
+    value_channels: int,
+    intermediate: int,
+    *outputs: int,
+) -> bool:
+    """Whether to run a layer's projections of one token in `mesa_triton_linear`.
+
+    Args:
+        rows: of the batch, rounded up to a power of two.
+        backend: as in `mesa_attention`.
+        hidden, value_channels, intermediate, outputs: as in `mesa_layers.fuses_linears`.
+
+    Raises:
+        BackendError: as `select_backend`.
+    """
+    if select_backend(device, backend)[0] == "torch":
+        return False
+    if requested_backend(backend) == "triton":
+        return True
+    case = device, dtype, rows, (hidden, outputs, value_channels, intermediate)
+    return case not in FAULTY if torch.cuda.is_current_stream_capturing() else linears_are_right(*case)
+
+
+@functools.cache
+def linears_are_right(device: torch.device, dtype: torch.dtype, rows: int, sizes: tuple) -> bool:
+    """Whether the kernels of a layer's projections compile for these sizes on `device` and agree with float64 there.
+
+    Tried once, on a random layer; kernels that fail are not used, with a warning.
+    """
+    with _disable_current_modes(), torch.no_grad():
+        problem = problem_of_linears(device, dtype, rows, sizes)
+    if problem is not None:
+        FAULTY.add((device, dtype, rows, sizes))
+        warnings.warn(
+            f"The Triton kernels for the projections of a decoding step do not work on {device} ({problem}); torch "
+            f"computes instead, more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def problem_of_linears(device: torch.device, dtype: torch.dtype, rows: int, sizes: tuple) -> str | None:
+    """What is wrong with the kernels of a layer's projections, or None."""
+    hidden, outputs, value_channels, intermediate = sizes
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float32, device=device) * scale).to(dtype)
+
+    def error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        return (actual.double() - expected).norm() / expected.norm()
+
+    try:
+        from .mesa_triton_linear import LAUNCHES
+
+        x, norm_weight = random(rows, 1, hidden), random(hidden)
+        normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight.double()
+        errors = []
+        weights = [random(size, hidden, scale=hidden**-0.5) for size in outputs]
+        found = LAUNCHES["norm_linears"](x, norm_weight, 1e-6, weights, len(outputs) - 2)
+        errors += [error(ours, normed @ w.double().mT) for ours, w in zip(found, weights, strict=True)]
+        gate, up = (random(intermediate, hidden, scale=hidden**-0.5) for _ in range(2))
+        found = LAUNCHES["norm_gated_linears"](x, norm_weight, 1e-6, gate, up)
+        gated = normed @ gate.double().mT
+        errors.append(error(found, gated * gated.sigmoid() * (normed @ up.double().mT)))
+        for size in (value_channels, intermediate):
+            inputs, weight = random(rows, 1, size), random(hidden, size, scale=size**-0.5)
+            expected = x.double() + inputs.double() @ weight.double().mT
+            errors.append(error(LAUNCHES["add_linear"](inputs, weight, x), expected))
+        worst = torch.stack(errors).max().item()  # NaN if one of them is
+        # In bfloat16 and float16, the normalised input and every product are rounded.
+        rounding = 0.0 if dtype == torch.float32 else 2.0**-6
+        return None if worst <= SELF_TEST_TOLERANCE + rounding else f"a relative error of {worst:.1e}"
+    # Whatever a compiler or driver raises, such as too little shared memory: torch goes on without the kernels.
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"

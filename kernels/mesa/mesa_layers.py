@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the Mesa operator in a layer: short convolutions (and their pads), norms of heads and gates.
+"""What surrounds the Mesa operator in a layer: short convolutions and their pads, norms, gates, projections.
 
 The torch code is the specification and runs anywhere. On a GPU, the operators of `mesa_triton_layers` do the same in
-one launch each. Importing this does not import triton.
+one launch each, and those of `mesa_triton_linear` the projections of a decoding step, of which the model's modules are
+the specification. Importing this does not import triton.
 
 Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S packed sequences.
 """
@@ -10,7 +11,7 @@ Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S pac
 import torch
 import torch.nn.functional as F
 
-from .mesa_dispatch import select_backend
+from .mesa_dispatch import select_backend, use_fused_linears
 from .mesa_dispatch import use_triton as mesa_runs_in_triton
 from .mesa_library import OPERATORS
 
@@ -22,6 +23,9 @@ WIDEST_CONVOLUTION = 8
 
 # A longer row does not fit the registers of its program.
 LONGEST_NORM = 8192
+
+# With more rows, torch's matrix products pay.
+LARGEST_DECODING_BATCH = 16
 
 
 # A constant to whoever compiles a model: the answer for a device does not change.
@@ -76,6 +80,54 @@ def decodes_layer(
     from .mesa_triton_decode import triton_decode_layer  # noqa: F401  (importing registers the operator)
 
     return True
+
+
+def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int], backend: str | None = None) -> bool:
+    """Whether `norm_linears`, `add_linear` and `norm_gated_linears` take the projections of a layer.
+
+    Args:
+        x: the layer's input, `[B, 1, d]`.
+        sizes: d; the projections of the normalised input, of which the last two are float32; the output projection's
+            input; the MLP's intermediate size.
+        backend: as in `mesa_attention`.
+    """
+    if x.dtype not in TRITON_DTYPES or x.shape[0] > LARGEST_DECODING_BATCH:
+        return False
+    # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two.
+    rows = 1
+    while rows < x.shape[0]:
+        rows *= 2
+    hidden, outputs, value_channels, intermediate = sizes
+    # Numbers one by one, because a compiler does not take a tuple for a constant.
+    return use_fused_linears(x.device, x.dtype, rows, backend, hidden, value_channels, intermediate, *outputs)
+
+
+def run_linear(name: str, *arguments):
+    """Call the operator `name` of `mesa_triton_linear`; past the dispatcher, where no compiler must see it."""
+    if torch.compiler.is_compiling():
+        return getattr(OPERATORS, name)(*arguments)
+    from .mesa_triton_linear import LAUNCHES
+
+    return LAUNCHES[name](*arguments)
+
+
+def norm_linears(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weights: list[torch.Tensor], rounded: int
+) -> list[torch.Tensor]:
+    """`mesa_triton_linear.launch_norm_linears`: projections of the normalised input, the first `rounded` rounded."""
+    return run_linear("norm_linears", x, norm_weight, eps, weights, rounded)
+
+
+def add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`mesa_triton_linear.launch_add_linear`: `residual + x weight^T`."""
+    return run_linear("add_linear", x, weight, residual)
+
+
+def norm_gated_linears(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, gate_weight: torch.Tensor, up_weight: torch.Tensor
+) -> torch.Tensor:
+    """`mesa_triton_linear.launch_norm_gated_linears`: `silu(gate) * up` of the normalised input."""
+    return run_linear("norm_gated_linears", x, norm_weight, eps, gate_weight, up_weight)
 
 
 def short_convolution(

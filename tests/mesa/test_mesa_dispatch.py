@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend is chosen, by whom, and what happens where it cannot run; stand-ins for the kernels need no GPU."""
 
+import copy
 import functools
 import inspect
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from modeling_mesanet.mesa import (
     BackendError,
     mesa_attention,
     mesa_dispatch,
+    mesa_layers,
     mesa_operator,
     mesa_step,
     requested_backend,
@@ -26,7 +29,7 @@ from modeling_mesanet.mesa import (
 )
 from modeling_mesanet.mesa.mesa_chunkwise import chunkwise
 from modeling_mesanet.mesa.mesa_decode import decode_step
-from modeling_mesanet.mesa.mesa_layers import decodes_layer
+from modeling_mesanet.mesa.mesa_layers import decodes_layer, fuses_linears
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
 
 CPU = torch.device("cpu")
@@ -494,3 +497,171 @@ print(relative_error(results[0], attended) < 1e-4, relative_error(results[1], st
 """
     found = run_python(program, TRITON_INTERPRET="1", MESANET_BACKEND="triton", PYTHONWARNINGS="ignore")
     assert found.split() == ["triton", "True", "True"]
+
+
+class TestFusedLinears:
+    """The kernels of a decoding step's projections, with stand-ins in torch."""
+
+    SIZES = (24, (16, 16, 2, 2), 20, 40)
+    NUMBERS = (24, 20, 40, 16, 16, 2, 2)
+    CASE = (CPU, torch.bfloat16, 2, "auto", *NUMBERS)
+
+    @pytest.fixture(autouse=True)
+    def stand_ins(self, kernels, monkeypatch):
+        mesa_dispatch.linears_are_right.cache_clear()
+        self.calls, self.fault = [], lambda name, y: y
+
+        def normed(x, weight, eps):
+            return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+        def norm_linears(x, weight, eps, weights, rounded):
+            rows = normed(x, weight, eps)
+            outputs = [rows.float() @ w.float().mT for w in weights]
+            return [y.to(x.dtype) if i < rounded else y for i, y in enumerate(outputs)]
+
+        def add_linear(x, weight, residual):
+            return residual + x @ weight.mT
+
+        def norm_gated_linears(x, weight, eps, gate, up):
+            rows = normed(x, weight, eps)
+            return torch.nn.functional.silu(rows @ gate.mT) * (rows @ up.mT)
+
+        def counted(launch):
+            def called(*arguments):
+                self.calls.append(launch.__name__)
+                return self.fault(launch.__name__, launch(*arguments))
+
+            return called
+
+        module = types.ModuleType(f"{PACKAGE}.mesa_triton_linear")
+        launches = (norm_linears, add_linear, norm_gated_linears)
+        module.LAUNCHES = {launch.__name__: counted(launch) for launch in launches}
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        yield
+        mesa_dispatch.linears_are_right.cache_clear()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_good_kernels_are_used_and_tested_once(self, dtype):
+        for _ in range(2):
+            assert mesa_dispatch.use_fused_linears(CPU, dtype, 2, None, *self.NUMBERS)
+            assert self.calls == ["norm_linears", "norm_gated_linears", "add_linear", "add_linear"]
+
+    @pytest.mark.parametrize("name", ["norm_linears", "add_linear", "norm_gated_linears"])
+    @pytest.mark.parametrize(("factor", "problem"), [(1.1, "a relative error of"), (torch.nan, "error of nan")])
+    def test_bad_kernels_are_not_used(self, monkeypatch, name, factor, problem):
+        def fault(called, y):
+            return y if called != name else [part * factor for part in y] if name == "norm_linears" else y * factor
+
+        self.fault = fault
+        with pytest.warns(UserWarning, match=f"projections of a decoding step do not work on cpu .*{problem}"):
+            assert not mesa_dispatch.use_fused_linears(*self.CASE)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not mesa_dispatch.use_fused_linears(*self.CASE)
+        assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 4, None, *self.NUMBERS)  # untested, other kernels
+
+    def test_kernels_that_do_not_compile(self):
+        self.fault = lambda name, y: broken(y)
+        with pytest.warns(UserWarning, match="RuntimeError: out of resource: shared memory"):
+            assert not mesa_dispatch.use_fused_linears(*self.CASE)
+
+    def test_who_decides(self, monkeypatch):
+        assert not mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 2, "torch", *self.NUMBERS)
+        assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 2, "triton", *self.NUMBERS)
+        monkeypatch.setenv("MESANET_BACKEND", "torch")
+        assert not mesa_dispatch.use_fused_linears(*self.CASE)
+        assert self.calls == []
+
+    def test_rows_dtypes_and_batches_of_a_layer(self):
+        seen = []
+
+        def spy(device, dtype, rows, backend, *numbers):
+            seen.append((rows, backend, numbers))
+            return True
+
+        with mock.patch.object(mesa_layers, "use_fused_linears", spy):
+            for batch in (1, 3, 8, 9, 16):
+                assert fuses_linears(torch.zeros(batch, 1, 24), self.SIZES, "auto")
+            assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16]
+            assert seen[0][1:] == ("auto", self.NUMBERS)
+            assert not fuses_linears(torch.zeros(17, 1, 24), self.SIZES)
+            assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), self.SIZES)
+            assert len(seen) == 5
+
+    def test_decided_while_a_compiler_traces(self):
+        torch._dynamo.reset()
+
+        def double(x, *weights):
+            outputs = tuple(weight.shape[0] for weight in weights)
+            return x * 2 if fuses_linears(x, (24, outputs, 20, 40), "auto") else x
+
+        x, weights = torch.ones(3, 1, 24), [torch.nn.Parameter(torch.ones(size, 24)) for size in self.SIZES[1]]
+        assert torch.equal(torch.compile(double, backend="eager", fullgraph=True)(x, *weights), 2 * x)
+        assert len(self.calls) == 4
+        torch._dynamo.reset()
+
+
+class TestUnchangedLayers:
+    """Which layers may be computed without their modules."""
+
+    X = torch.zeros(1, 1, 16)
+
+    @pytest.fixture
+    def layer(self):
+        return MesaNetForCausalLM(MesaNetConfig(**TestModel.SIZES)).model.layers[0]
+
+    def test_a_fresh_one(self, layer):
+        assert layer.is_unchanged(self.X)
+        assert layer.is_unchanged(self.X)
+        assert copy.deepcopy(layer).is_unchanged(self.X)
+
+    @pytest.mark.parametrize("path", ["mixer", "mlp", "mlp_norm", "mixer.q_proj", "mixer.q_conv", "mlp.act_fn"])
+    @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_hooks_come_and_go(self, layer, path, hook):
+        assert layer.is_unchanged(self.X)
+        handle = getattr(layer.get_submodule(path), hook)(lambda *arguments: None)
+        assert not layer.is_unchanged(self.X)
+        handle.remove()
+        assert layer.is_unchanged(self.X)
+
+    def test_a_hook_on_the_layer_sees_all_it_would(self, layer):
+        layer.register_forward_hook(lambda *arguments: None)
+        assert layer.is_unchanged(self.X)
+
+    def test_a_hook_on_every_module(self, layer):
+        assert layer.is_unchanged(self.X)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+        assert not layer.is_unchanged(self.X)
+        handle.remove()
+        assert layer.is_unchanged(self.X)
+
+    @pytest.mark.parametrize("seen_before", [False, True])
+    @pytest.mark.parametrize("path", ["mixer.o_proj", "mixer.gamma_proj", "mixer.output_gate_proj", "mlp.gate_proj"])
+    def test_replaced_modules(self, layer, path, seen_before):
+        class Adapted(torch.nn.Linear):
+            pass
+
+        if seen_before:
+            assert layer.is_unchanged(self.X)
+        layer.set_submodule(path, Adapted(16, 16, bias=False))
+        assert not layer.is_unchanged(self.X)
+
+    def test_other_changes(self, layer):
+        def changed(change):
+            other = copy.deepcopy(layer)
+            assert other.is_unchanged(self.X)
+            change(other)
+            return not other.is_unchanged(self.X)
+
+        assert changed(lambda layer: setattr(layer.mixer, "forward", lambda x: x))
+        assert changed(lambda layer: setattr(layer.mlp.act_fn, "forward", lambda x: x))
+        assert changed(lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()))
+        assert changed(lambda layer: setattr(layer.mlp.up_proj, "bias", torch.nn.Parameter(torch.zeros(16))))
+        assert changed(lambda layer: torch.nn.utils.parametrizations.weight_norm(layer.mlp.down_proj))
+        assert changed(lambda layer: layer.mlp.down_proj.to(torch.bfloat16))
+        assert changed(lambda layer: layer.mixer.to("meta"))
+        assert changed(lambda layer: setattr(layer, "mlp", torch.nn.Identity()))
+        # Another weight is as good.
+        weight = torch.nn.Parameter(torch.zeros(16, 16))
+        assert not changed(lambda layer: setattr(layer.mlp.down_proj, "weight", weight))
+        assert layer.is_unchanged(self.X.cpu())
+        assert not layer.is_unchanged(self.X.half())
