@@ -2,7 +2,7 @@
 """Times the projections of a decoding step: the fused kernels beside torch's operators, in CUDA graphs.
 
     python kernels/benchmarks/decode_linears.py
-    python kernels/benchmarks/decode_linears.py --batches 1,16 --variants "table; ahead off"
+    python kernels/benchmarks/decode_linears.py --batches 1,16 --variants "table; ahead"
 
 For each launch of a layer of the 1B preset, each batch size and each choice of blocks: microseconds, and GB/s of the
 weights. A graph goes through as many layers' weights as fill the L2 cache several times, so that none is read from
@@ -27,9 +27,9 @@ EPSILON = 1e-6
 # What each variant changes in every entry of the table.
 VARIANTS = {
     "table": {},
-    "ahead off": {"ahead": False},
+    "ahead": {"ahead": True},
     "overlap": {"overlap": True},
-    "overlap, ahead off": {"overlap": True, "ahead": False},
+    "overlap, ahead": {"overlap": True, "ahead": True},
     "8 rows": {"rows": 8},
     "32 rows": {"rows": 32},
     "8 warps": {"slices": 8, "warps": 8, "stages": 3},
