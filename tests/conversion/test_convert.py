@@ -325,11 +325,11 @@ class TestRefusals:
     def test_logits_that_differ(self, fla_checkpoint, tmp_path, refuse, monkeypatch):
         source, _, _ = fla_checkpoint()
         monkeypatch.setattr(convert, "why_fla_cannot_run", lambda: None)
-        outcome = LogitComparison(torch.float32, 400, 3e-2, 2e-2, 1e-2)
+        outcome = LogitComparison(torch.float32, 400, 2e-2, 3e-2, 2e-2, 1e-2)
         monkeypatch.setattr(convert, "compare_logits", lambda *folders: outcome)
         with refuse("logits of 400 random tokens", "3.0e-02"):
             convert_from_fla(source, tmp_path / "ours")
-        outcome = LogitComparison(torch.float32, 400, 3e-3, 5e-4, 3e-3)
+        outcome = LogitComparison(torch.float32, 400, 5e-4, 3e-3, 5e-4, 3e-3)
         assert convert_from_fla(source, tmp_path / "ours").logits is outcome
         assert convert_from_fla(source, tmp_path / "unchecked", compare=False).logits is None
 
