@@ -6,7 +6,6 @@ file, which holds what only people know (summary, licence, limits, published fig
 `model_cards/template.md`.
 """
 
-import json
 import math
 import os
 import re
@@ -25,14 +24,15 @@ from jinja2 import Environment, StrictUndefined
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
 from modeling_mesanet.cache_mesanet import state_bytes
-from modeling_mesanet.files import fingerprint, replacing
+from modeling_mesanet.files import replacing
 from modeling_mesanet.info import describe
 from modeling_mesanet.loading import CheckpointError, find_checkpoint, one_line, read_config
 from modeling_mesanet.self_contained import required_versions
 
+from .card_records import TASK, Checkpoint, read_benchmark, read_certificate, read_evaluation, read_training
+
 CARD = "README.md"
 TAGS = ("mesanet", "recurrent", "linear-attention")
-TASK = "text-generation"
 
 # What an `about` file may say, and what stands on the card where it does not; the licence has no default.
 ABOUT = {
@@ -78,7 +78,8 @@ def card_of_folder(
         folder: the checkpoint; None is the bundled one.
         about: YAML with fields of `ABOUT`.
         training: `training_log.json` of examples/train_novels.py, or `trainer_state.json` of transformers' Trainer.
-        evaluations: results of lm-eval (`--output_path`) or of examples/evaluate_novels.py.
+        evaluations: results of lm-eval (a file below its `--output_path`); folders that `mesanet eval`, `perplexity`
+            or `compute-sweep` wrote; results of examples/evaluate_novels.py.
         certificate: what `mesanet check --json` wrote.
         benchmarks: results of kernels/benchmarks.
         repo_id: where the card's examples load the model from; the folder's name if None.
@@ -101,28 +102,24 @@ def card_of_folder(
         use = {"use": "code", "path": repo_id or path.resolve().name, "trust": ", trust_remote_code=True"}
     else:
         use = {"use": "package", "path": repo_id or path.resolve().name, "trust": ""}
-    results, evaluation_tables = [], []
-    for file in evaluations:
-        found, tables = _read_evaluation(Path(file), path, known)
-        results += found
-        evaluation_tables += tables
-    speed_tables, solver_tables = [], []
-    for file in benchmarks:
-        speed, solver = _read_benchmark(Path(file))
-        speed_tables += speed
-        solver_tables += solver
+    checkpoint = Checkpoint(path, report["parameters"]["total"])
+    found = [read_evaluation(Path(file), checkpoint, known["evaluation_note"]) for file in evaluations]
+    measured = [read_benchmark(Path(file)) for file in benchmarks]
     return _render(
         config,
         known,
-        results,
-        parameters=report["parameters"]["total"],
+        [figure for evaluation in found for figure in evaluation.figures],
+        parameters=checkpoint.parameters,
         dtypes=report["parameters"]["by_dtype"],
         trained=True,
-        training=None if training is None else _read_training(Path(training)),
-        evaluation_tables=evaluation_tables,
-        certificate=None if certificate is None else _read_certificate(Path(certificate)),
-        speed_tables=speed_tables,
-        solver_tables=solver_tables,
+        training=None if training is None else read_training(Path(training)),
+        evaluation_tables=[table for evaluation in found for table in evaluation.tables],
+        certificate=None if certificate is None else read_certificate(Path(certificate), checkpoint),
+        speed_tables=[table for speed, _ in measured for table in speed],
+        solver_tables=[
+            *(table for evaluation in found for table in evaluation.solver_tables),
+            *(table for _, solver in measured for table in solver),
+        ],
         **use,
     )
 
@@ -296,11 +293,6 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _table(header: list[str], rows: Iterable[Iterable]) -> str:
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
 def _read_about(file: str | os.PathLike | None) -> dict:
     if file is None:
         return dict(ABOUT)
@@ -317,206 +309,3 @@ def _read_about(file: str | os.PathLike | None) -> dict:
             f"--about is '{file}', which has a field '{unknown[0]}' that no card has; use {', '.join(ABOUT)}."
         )
     return {**ABOUT, **content}
-
-
-def _read_json(file: Path, option: str) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(
-            f"{option} is '{file}', which cannot be read as JSON ({one_line(error)}); give a file as it was written."
-        ) from error
-    return content
-
-
-def _unknown_format(file: Path, option: str, known: str, error: BaseException | None = None) -> CheckpointError:
-    cause = f" ({type(error).__name__}: {one_line(error)})" if error else ""
-    return CheckpointError(f"{option} is '{file}', which is not of a known format{cause}; give {known}.")
-
-
-def _read_training(file: Path) -> dict[str, str]:
-    """What a record of training says, by headings."""
-    content = _read_json(file, "--training")
-    known = "training_log.json of examples/train_novels.py, or trainer_state.json of transformers' Trainer"
-    try:
-        if "recipe" in content:
-            return _own_training(content)
-        if "log_history" in content:
-            return _trainer_training(content)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise _unknown_format(file, "--training", known, error) from error
-    raise _unknown_format(file, "--training", known)
-
-
-def _own_training(log: dict) -> dict[str, str]:
-    recipe, data, run = log["recipe"], log["data"]["train"], log["runs"][0]
-    hardware, versions = run["hardware"], run["versions"]
-    return {
-        "Corpus": (
-            f"{data['documents']} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens (`{data['file']}`, "
-            f"SHA-256 `{data['sha256'][:16]}…`)."
-        ),
-        "Tokens seen": (
-            f"{log['tokens_seen']:,} ({log['epochs']:.1f} passes), in {log['steps']} steps of {recipe['batch_size']} "
-            f"sequences of {recipe['sequence_length']} tokens."
-        ),
-        "Recipe": (
-            f"AdamW, betas ({recipe['adam_beta1']}, {recipe['adam_beta2']}), eps {recipe['adam_epsilon']}, weight "
-            f"decay {recipe['weight_decay']} (none on embeddings, norms, gate biases and the regulariser), peak rate "
-            f"{recipe['learning_rate']} after {recipe['warmup_steps']} steps of warm-up, cosine to "
-            f"{100 * recipe['final_learning_rate_ratio']:.0f} % of it, clip {recipe['gradient_clip']}; solver "
-            f"tolerance {recipe['cg_tolerance']}."
-        ),
-        "Hardware and time": (
-            f"{hardware['accelerators'] or 'no'} {hardware['accelerator'] or 'accelerator'}, "
-            f"{log['wall_seconds'] / 60:.0f} minutes, {run['tokens_per_second']:,.0f} tokens a second; torch "
-            f"{versions['torch']}, transformers {versions['transformers']}."
-        ),
-    }
-
-
-def _trainer_training(state: dict) -> dict[str, str]:
-    seen = state.get("num_input_tokens_seen")
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    validation = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    facts = {"Steps": f"{state['global_step']:,} ({state['epoch']:.2f} passes)."}
-    if seen:
-        facts["Tokens seen"] = f"{seen:,}."
-    if losses:
-        facts["Loss"] = f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last, in nats a token."
-    if validation:
-        facts["Validation loss"] = f"{validation[-1]:.3f}."
-    return facts
-
-
-def _read_evaluation(file: Path, folder: Path, about: dict) -> tuple[list[EvalResult], list[str]]:
-    """Results for the metadata, and tables for the text."""
-    content = _read_json(file, "--evaluation")
-    known = "the results of lm-eval or of examples/evaluate_novels.py"
-    try:
-        if "results" in content:
-            return _lm_eval(content)
-        if "novels_valid" in content:
-            stored, weights = content["checkpoint"]["sha256"], folder / "model.safetensors"
-            if not weights.is_file() or stored != fingerprint(weights):
-                raise CheckpointError(
-                    f"--evaluation is '{file}', which is of other weights than those in '{folder}'; evaluate it again."
-                )
-            return _text_evaluation(content, about)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _unknown_format(file, "--evaluation", known, error) from error
-    raise _unknown_format(file, "--evaluation", known)
-
-
-def _lm_eval(content: dict) -> tuple[list[EvalResult], list[str]]:
-    found, rows = [], []
-    for task, values in content["results"].items():
-        settings = content.get("configs", {}).get(task, {})
-        shots = content.get("n-shot", {}).get(task)
-        version = content.get("versions", {}).get(task)
-        # A task read from a local file names the loader (`json`) or a path in place of a data set.
-        dataset = settings.get("dataset_path") or ""
-        dataset = dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else task
-        name = str(values.get("alias", task)).strip(" -")
-        for key, value in values.items():
-            metric, comma, filtered = key.partition(",")
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if not comma or not number or metric.endswith("_stderr"):
-                continue
-            shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            error = values.get(f"{metric}_stderr,{filtered}")
-            spread = f"{error:.4f}" if isinstance(error, int | float) else "-"
-            rows.append((name, "-" if shots is None else shots, shown, f"{value:.4f}", spread, version))
-            found.append(
-                EvalResult(
-                    task_type=TASK,
-                    dataset_type=dataset,
-                    dataset_name=name,
-                    dataset_config=settings.get("dataset_name"),
-                    dataset_split=settings.get("test_split") or settings.get("validation_split"),
-                    dataset_args=None if shots is None else {"num_few_shot": shots},
-                    metric_type=metric,
-                    metric_name=shown,
-                    metric_value=value,
-                )
-            )
-    header = ["task", "shots", "metric", "value", "standard error", "version of the task"]
-    harness = f"lm-eval {content['lm_eval_version']}" if "lm_eval_version" in content else "lm-eval"
-    return found, [f"By {harness}:\n\n{_table(header, rows)}"]
-
-
-def _text_evaluation(content: dict, about: dict) -> tuple[list[EvalResult], list[str]]:
-    valid, book = content["novels_valid"], content["book"]
-    title = Path(book["file"]).stem.replace("_", " ").title()
-    note = f" {about['evaluation_note'].strip()}" if about["evaluation_note"] else ""
-    prose = (
-        f"By `examples/evaluate_novels.py`, every token predicted exactly once.{note}\n\n"
-        f"- **{valid['bits_per_byte']:.4f} bits per byte** on `{valid['file']}`, {len(valid['documents'])} documents, "
-        "each read from its first token to its last with one recurrent state.\n"
-        f"- **Perplexity per token of *{title}***, cut into windows that each start with an empty state:"
-    )
-    windows = [(f"{int(length):,}", f"{value:.2f}") for length, value in book["perplexity"].items()]
-    result = EvalResult(
-        task_type=TASK,
-        dataset_type="text",
-        dataset_name=valid["file"],
-        metric_type="bits_per_byte",
-        metric_value=round(valid["bits_per_byte"], 4),
-    )
-    return [result], [prose, _table(["window, tokens", "perplexity"], windows)]
-
-
-def _read_certificate(file: Path) -> dict:
-    content = _read_json(file, "--certificate")
-    known = "what `mesanet check --json` wrote"
-    try:
-        checks = [
-            {"name": one["name"], "error": one.get("error"), "bound": one.get("bound"), "status": one["status"]}
-            for one in content["checks"]
-        ]
-        return {"verdict": content["verdict"], "checks": checks, "versions": content.get("versions") or {}}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _unknown_format(file, "--certificate", known, error) from error
-
-
-def _read_benchmark(file: Path) -> tuple[list[str], list[str]]:
-    """Tables of speed, and of what the solver costs."""
-    content = _read_json(file, "--benchmark")
-    known = "a results file of kernels/benchmarks (cpu_generation or gpu_operators)"
-    try:
-        if "rows" in content and "threads" in content:
-            return [_cpu_speed(content)], []
-        if "forward" in content and "gpu" in content:
-            return [], [_solver_times(content)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _unknown_format(file, "--benchmark", known, error) from error
-    raise _unknown_format(file, "--benchmark", known)
-
-
-def _cpu_speed(content: dict) -> str:
-    versions = content["versions"]
-    about = (
-        f"The bundled checkpoint on {content['threads']} threads of {content['cpu']}, float32, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}:"
-    )
-    measures = ("tokens_per_second", "loop_tokens_per_second")
-    rows = [(name, *(f"{row[measure]:,.0f}" for measure in measures)) for name, row in content["rows"].items()]
-    return f"{about}\n\n{_table(['tokens a second', 'MesaNet', 'a loop over the tokens, one dense solve each'], rows)}"
-
-
-def _solver_times(content: dict) -> str:
-    """Forward passes of the operator alone that differ in the solver's settings only."""
-    first = next(row for row in content["forward"] if row["operator"] == "mesa")
-    case = {key: first[key] for key in ("batch", "length", "heads", "size")}
-    rows = [
-        (row["setting"], row["kind"], f"{row['steps'][0]:.1f}", f"{row['ms']:.2f}", f"{row['error']:.1e}")
-        for row in content["forward"]
-        if row["operator"] == "mesa" and "ms" in row and all(row[key] == value for key, value in case.items())
-    ]
-    header = ["asked for", "inputs", "steps taken, mean", "milliseconds", "relative error to float64"]
-    return (
-        f"Measured on one {content['gpu']}: the operator of one layer alone, forward, {case['batch']} x "
-        f"{case['length']:,} tokens, {case['heads']} heads of {case['size']}, bfloat16:\n\n{_table(header, rows)}"
-    )

@@ -552,9 +552,16 @@ def card(
         str | None, typer.Option(help="Where the examples load the model from, such as owner/name.")
     ] = None,
     training: Annotated[str | None, typer.Option(help="training_log.json, or trainer_state.json of Trainer.")] = None,
-    evaluation: Annotated[list[str] | None, typer.Option(help="Results of lm-eval; may be repeated.")] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Results of lm-eval, or a folder of `mesanet eval`, `perplexity`, `compute-sweep`; may be repeated."
+        ),
+    ] = None,
     certificate: Annotated[str | None, typer.Option(help="What `mesanet check --json` wrote.")] = None,
-    benchmark: Annotated[list[str] | None, typer.Option(help="Results of benchmarks; may be repeated.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Results of kernels/benchmarks; may be repeated.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that the folder has.")] = False,
 ) -> None:
     """Write the model card (README.md) of a checkpoint from the files of its training, evaluation and checks."""

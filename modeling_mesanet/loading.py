@@ -5,6 +5,7 @@
 warning. That is right for fine-tuning and wrong for generating text or measuring it, so this module refuses both.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from .configuration_mesanet import MesaNetConfig
+from .files import fingerprint
 from .modeling_mesanet import MesaNetForCausalLM
 
 # A Hub id: `name` or `owner/name`, of letters, digits, `-`, `_` and `.`, neither part beginning with `.` or `-`.
@@ -260,6 +262,18 @@ def weight_files(
             "get the checkpoint from a source that you trust."
         )
     return [folder / name for name in sorted(names)]
+
+
+def weights_sha256(folder: Path, *, argument: str = "path") -> str:
+    """What tells a checkpoint's weights from others: SHA-256 of their file; of several, of names and hashes.
+
+    Raises:
+        CheckpointError: as `weight_files`.
+    """
+    files = weight_files(folder, argument=argument)
+    if len(files) == 1:
+        return fingerprint(files[0])
+    return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
 
 
 @contextmanager
