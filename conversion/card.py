@@ -39,6 +39,8 @@ ABOUT = {
     "title": None,
     "summary": "A MesaNet language model.",
     "license": None,
+    "license_name": None,
+    "license_link": None,
     "language": None,
     "datasets": None,
     "base_model": None,
@@ -86,8 +88,11 @@ def card_of_folder(
         license: identifier of the Hub's list, such as apache-2.0; goes before the one in `about`.
 
     Raises:
-        CheckpointError: the checkpoint is broken, or a file is missing, of another format or about other weights.
+        CheckpointError: the checkpoint is broken, a file is missing, of another format or about other weights, or the
+            Hub would not understand what the card would say.
     """
+    if repo_id is not None:
+        check_repo_id(repo_id, argument="--repo-id")
     path = find_checkpoint(folder, argument="FOLDER")
     report = describe(path, argument="FOLDER")
     config = read_config(path, argument="FOLDER")
@@ -173,6 +178,20 @@ def check_card(file: Path, *, argument: str = "FOLDER") -> ModelCard:
     return card
 
 
+def check_repo_id(repo_id: str, *, argument: str = "REPO_ID") -> None:
+    """Refuse what is no Hub id.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{argument} is '{repo_id}', which is no Hub id ({one_line(error).rstrip('.')}); give owner/name."
+        ) from error
+
+
 def _check_metadata(card: ModelCard) -> None:
     """Raises ValueError with the first fault."""
     data = card.data.to_dict()
@@ -225,6 +244,8 @@ def _render(config: MesaNetConfig, about: dict, results: list[EvalResult], **det
         model_name=about["title"],
         language=about["language"],
         license=about["license"],
+        license_name=about["license_name"],
+        license_link=about["license_link"],
         library_name="transformers",
         pipeline_tag=TASK,
         tags=[*TAGS, *(["custom_code"] if details["use"] == "code" else []), *about["tags"]],
@@ -246,7 +267,14 @@ def _render(config: MesaNetConfig, about: dict, results: list[EvalResult], **det
         solver=_solver_cost(config, details["parameters"]),
         **details,
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    try:
+        _check_metadata(ModelCard(text))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the card would not be valid ({one_line(error)}); correct --license, or the file of --about."
+        ) from error
+    return text
 
 
 def _memory(config: MesaNetConfig, parameters: int) -> list[dict[str, str]]:

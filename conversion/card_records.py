@@ -210,7 +210,7 @@ def _lm_eval(content: dict, file: Path, checkpoint: Checkpoint) -> Evaluation:
                     shown + arrow,
                     f"{value:.4f}",
                     f"{error:.4f}" if isinstance(error, int | float) else "-",
-                    "-" if version is None else f"{version:g}" if isinstance(version, float) else version,
+                    f"{version:g}" if isinstance(version, int | float) else "-",  # "Yaml" if the task states none
                 )
             )
             found.append(

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ..configuration_mesanet import MesaNetConfig
 from ..loading import CheckpointError, find_checkpoint, one_line, read_config
 from ..modeling_mesanet import MesaNetForCausalLM
-from .checkpoint_reader import CheckpointReader, open_checkpoint
+from .checkpoint_reader import CheckpointReader, companions, open_checkpoint
 from .checkpoint_writer import CheckpointWriter, ConversionError, Plan, PlannedTensor
 from .compare_logits import LogitComparison, compare_logits, why_fla_cannot_run
 from .fla_format import FLA_MODEL_TYPE, config_from_fla, config_to_fla, fla_name, fla_shape
@@ -26,23 +26,6 @@ from .transformer_format import (
     left_out,
     plan_from_transformer,
     read_source_config,
-)
-
-# What belongs to a checkpoint beside its weights and its config, and means the same to any model.
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE",
 )
 
 
@@ -279,8 +262,7 @@ def _run(
         writing = bar.add_task("writing", total=writer.total_bytes)
         writer.write(lambda count: bar.advance(writing, count))
         writer.write_text("config.json", config)
-        carried = [file for pattern in CARRIED for file in sorted(reader.folder.glob(pattern)) if file.is_file()]
-        carried = {file.relative_to(reader.folder).as_posix(): file for file in carried}
+        carried = companions(reader.folder)
         for name, file in carried.items():
             writer.copy(file, name)
         reading = bar.add_task("comparing", total=writer.total_bytes)

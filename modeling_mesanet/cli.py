@@ -509,6 +509,8 @@ def export(
         difference = write(source, destination, check=check)
         checked = "not checked" if difference is None else f"relative difference of the outputs {difference:.1e}"
         typer.echo(f"{destination}: complete, {checked}")
+        if not (Path(destination).expanduser() / "README.md").is_file():
+            typer.echo("It has no card that fits it; `mesanet card` writes one.")
 
 
 @app.command()

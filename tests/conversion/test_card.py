@@ -334,6 +334,17 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="licence is missing"):
             card_of_folder(checkpoint)
 
+    def test_what_the_hub_would_not_understand_is_not_written(self, checkpoint, tmp_path):
+        with pytest.raises(CheckpointError, match=r"would not be valid \(`license` is missing or no identifier"):
+            card_of_folder(checkpoint, license="My License")
+        with pytest.raises(CheckpointError, match=r"needs a `license_name`"):
+            card_of_folder(checkpoint, license="other")
+        about = {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"}
+        card = card_of_folder(checkpoint, about=write(tmp_path, "about.yaml", yaml.safe_dump(about)))
+        assert about.items() <= metadata(card).items()
+        with pytest.raises(CheckpointError, match="--repo-id is 'a b', which is no Hub id"):
+            card_of_folder(checkpoint, license="mit", repo_id="a b")
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
