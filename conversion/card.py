@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
 from modeling_mesanet.cache_mesanet import state_bytes
@@ -57,6 +57,17 @@ ABOUT = {
         "Not stated by its author. As with every model of constant state, what was read long ago is kept only in "
         "part; what it writes may be false or offensive."
     ),
+}
+
+# What a field of an `about` file holds that is not text.
+_KINDS = {
+    "language": (str, list),
+    "datasets": (str, list),
+    "base_model": (str, list),
+    "tags": (list,),
+    "widget": (list,),
+    "recipe": (dict,),
+    "published": (dict,),
 }
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -258,19 +269,19 @@ def _render(config: MesaNetConfig, about: dict, results: list[EvalResult], **det
         metadata.pop("model_name")  # only goes into the model-index
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = (files("modeling_mesanet.model_cards") / "template.md").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
-        metadata=metadata.to_yaml(),
-        config=config,
-        about=about,
-        requirements=[f"`{line}`" for line in required_versions()],
-        memory=_memory(config, details["parameters"]),
-        solver=_solver_cost(config, details["parameters"]),
-        **details,
-    )
-    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
     try:
+        text = environment.from_string(template).render(
+            metadata=metadata.to_yaml(),
+            config=config,
+            about=about,
+            requirements=[f"`{line}`" for line in required_versions()],
+            memory=_memory(config, details["parameters"]),
+            solver=_solver_cost(config, details["parameters"]),
+            **details,
+        )
+        text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
         _check_metadata(ModelCard(text))
-    except ValueError as error:
+    except (UndefinedError, ValueError) as error:  # a table of `published` without one of its fields
         raise CheckpointError(
             f"the card would not be valid ({one_line(error)}); correct --license, or the file of --about."
         ) from error
@@ -336,4 +347,9 @@ def _read_about(file: str | os.PathLike | None) -> dict:
         raise CheckpointError(
             f"--about is '{file}', which has a field '{unknown[0]}' that no card has; use {', '.join(ABOUT)}."
         )
-    return {**ABOUT, **content}
+    for name, value in content.items():
+        kinds = _KINDS.get(name, (str,))
+        if value is not None and not isinstance(value, kinds):
+            wanted = " or ".join({str: "text", list: "a list", dict: "a mapping"}[kind] for kind in kinds)
+            raise CheckpointError(f"--about is '{file}', whose field '{name}' is {value!r}; give {wanted}.")
+    return ABOUT | {name: value for name, value in content.items() if value is not None}

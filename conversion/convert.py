@@ -2,6 +2,7 @@
 """Conversions of whole checkpoints: fla to MesaNet and back, and initialisation from softmax transformers."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,10 +55,14 @@ class ConversionReport:
     left_out: list[str]
 
     def as_json(self) -> dict:
-        """The fields as JSON types; `logits` without what follows from it."""
+        """The fields as JSON types; `logits` without what follows from it, None for what is no finite number."""
         fields = asdict(self)
         if self.logits is not None:
-            fields["logits"] = self.logits._asdict() | {"dtype": str(self.logits.dtype).removeprefix("torch.")}
+            values = self.logits._asdict() | {"dtype": str(self.logits.dtype).removeprefix("torch.")}
+            fields["logits"] = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
         return fields
 
 
@@ -84,14 +89,14 @@ def convert_from_fla(
         CheckpointError: the source is not a whole checkpoint of that model; or, as `ConversionError`, a field of its
             config has no counterpart, the destination cannot be written, or the logits differ.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     with _about(source):
         config = config_from_fla(_read_fields(source, (FLA_MODEL_TYPE,)))
     reader = open_checkpoint(source, allow_pickle=allow_pickle)
     plan = _renamed(reader, config, lambda name, shape: ((fla_name(name), fla_shape(name, shape)), (name, shape)))
     text = config.to_json_string()
     writer = _writer(reader, plan, destination, text, "from fla", max_shard_size)
-    return _run(writer, reader, text, progress, _compare_with_fla(source, writer.folder, compare))
+    return _run(writer, reader, text, progress, _compare_with_fla(source, source, writer.folder, compare))
 
 
 def convert_to_fla(
@@ -107,7 +112,7 @@ def convert_to_fla(
 
     Args and Raises: as `convert_from_fla`; `source` may be None for the bundled checkpoint.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     config = read_config(source, argument="source")
     with _about(source):
         fields = config_to_fla(config)
@@ -115,7 +120,7 @@ def convert_to_fla(
     plan = _renamed(reader, config, lambda name, shape: ((name, shape), (fla_name(name), fla_shape(name, shape))))
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     writer = _writer(reader, plan, destination, text, "to fla", max_shard_size)
-    return _run(writer, reader, text, progress, _compare_with_fla(writer.folder, source, compare))
+    return _run(writer, reader, text, progress, _compare_with_fla(source, writer.folder, source, compare))
 
 
 def initialize_from_transformer(
@@ -134,7 +139,7 @@ def initialize_from_transformer(
 
     The other arguments, and Raises: as `convert_from_fla`.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     if family not in FAMILIES:
         raise ConversionError(f"family is {family!r}; choose one of {', '.join(FAMILIES)}.")
     with _about(source):
@@ -234,7 +239,7 @@ def _writer(
 
 
 def _compare_with_fla(
-    fla_folder: Path, mesanet_folder: Path, compare: bool
+    source: Path, fla_folder: Path, mesanet_folder: Path, compare: bool
 ) -> Callable[[], tuple[str, LogitComparison | None]]:
     """What compares the logits once both folders are complete: a sentence, and the comparison if there was one."""
 
@@ -242,7 +247,17 @@ def _compare_with_fla(
         obstacle = why_fla_cannot_run() if compare else "it was not asked for"
         if obstacle is not None:
             return f"Logits were not compared: {obstacle}.", None
-        comparison = compare_logits(fla_folder, mesanet_folder)
+        try:
+            comparison = compare_logits(fla_folder, mesanet_folder)
+        except CheckpointError:
+            raise
+        # fla's kernels and the driver fail in many ways; what has been written is none the worse for it.
+        except Exception as error:
+            raise ConversionError(
+                f"source is '{source}', whose logits could not be compared ({type(error).__name__}: "
+                f"{one_line(error)}); run the same again, which goes on from here, with compare=False (--no-compare) to "
+                "do without."
+            ) from error
         return f"The {comparison}.", comparison
 
     return run

@@ -418,7 +418,8 @@ def convert(
 def _print_conversion(report) -> None:
     console, about = _console(), _table("converted")
     about.add_row("folder", report.destination)
-    about.add_row("weights", f"{report.tensors} tensors, {report.bytes:,} bytes in {len(report.shards)} files")
+    files = f"{len(report.shards)} file{'s' * (len(report.shards) > 1)}"
+    about.add_row("weights", f"{report.tensors} tensors, {report.bytes:,} bytes in {files}")
     if report.resumed:
         about.add_row("resumed", f"{report.resumed} of these files were complete from an earlier run")
     about.add_row("carried along", ", ".join(report.carried) or "nothing: the source holds no tokenizer")

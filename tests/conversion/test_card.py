@@ -291,6 +291,9 @@ class TestRefusals:
             ("benchmarks", {"x": 1}, "--benchmark is .*not of a known format"),
             ("about", "titel: x", "has a field 'titel' that no card has"),
             ("about", "- x", "no mapping of fields"),
+            ("about", "widget: Once", "whose field 'widget' is 'Once'; give a list"),
+            ("about", "summary: [1]", r"whose field 'summary' is \[1\]; give text"),
+            ("about", "published: {tables: []}", "would not be valid .*has no attribute 'source'"),
         ],
     )
     def test_files_of_other_formats(self, checkpoint, tmp_path, option, content, message):
