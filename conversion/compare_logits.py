@@ -103,7 +103,7 @@ def compare_logits(
         return FlaMesaNetForCausalLM.from_pretrained(fla_folder, dtype=dtype).eval()
 
     def our_model(dtype: torch.dtype) -> PreTrainedModel:
-        return load_checkpoint(mesanet_folder, dtype=dtype, device=device, argument="destination")
+        return load_checkpoint(mesanet_folder, dtype=dtype, device=device, argument="mesanet_folder")
 
     # One model is there at a time. That in float32 is loaded, not made of the other: the checkpoint may hold tensors
     # in float32 that rounding to its dtype would change.

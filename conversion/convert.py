@@ -255,8 +255,7 @@ def _compare_with_fla(
         except Exception as error:
             raise ConversionError(
                 f"source is '{source}', whose logits could not be compared ({type(error).__name__}: "
-                f"{one_line(error)}); run the same again, which goes on from here, with compare=False (--no-compare) to "
-                "do without."
+                f"{one_line(error)}); run the same again, which goes on from here, with compare=False (--no-compare)."
             ) from error
         return f"The {comparison}.", comparison
 

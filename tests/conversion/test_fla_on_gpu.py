@@ -71,8 +71,9 @@ def assert_agreement(logits: LogitComparison, dtype: str) -> None:
     assert logits.dtype == getattr(torch, dtype)
     assert logits.ok, logits
     assert logits.ours_float32 < 1e-3
-    if dtype == "float32":
-        assert logits.difference < 1e-3
+    if dtype == "float32":  # fla's kernels round q, k and the solver's directions to float16 all the same
+        assert logits.ours < 1e-3
+        assert logits.difference < 1e-3 or logits.ours < 0.1 * logits.fla
     else:  # bfloat16's rounding, which random weights amplify in fla's layers as in ours
         assert logits.ours < 1.1 * logits.fla
 
