@@ -4,7 +4,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..configuration_mesanet import MesaNetConfig
-from ..loading import CheckpointError, find_checkpoint, one_line, read_config
+from ..loading import CheckpointError, find_checkpoint, one_line, read_config, read_config_fields
 from ..modeling_mesanet import MesaNetForCausalLM
 from .checkpoint_reader import CheckpointReader, companions, open_checkpoint
 from .checkpoint_writer import CheckpointWriter, ConversionError, Plan, PlannedTensor
@@ -175,21 +175,9 @@ def _read_fields(folder: Path, model_types: tuple[str, ...]) -> dict:
     """The fields of config.json.
 
     Raises:
-        CheckpointError: there is none, it is no JSON object, or of another model.
+        CheckpointError: they cannot be read, or are of another model.
     """
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(fields, Mapping):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"source is '{folder}', which holds no config.json; give a folder written by save_pretrained."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"source is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
-            "checkpoint again."
-        ) from error
+    fields = read_config_fields(folder, argument="source")
     if fields.get("model_type") not in model_types:
         known = {FLA_MODEL_TYPE: "fla"} | {name: family for family, names in FAMILIES.items() for name in names}
         remedy = {
@@ -200,7 +188,7 @@ def _read_fields(folder: Path, model_types: tuple[str, ...]) -> dict:
             f"source is '{folder}', whose config.json has model_type {fields.get('model_type')!r} instead of "
             f"{' or '.join(map(repr, model_types))}; {remedy}."
         )
-    return dict(fields)
+    return fields
 
 
 NameAndShape = tuple[str, tuple[int, ...]]

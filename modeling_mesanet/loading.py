@@ -88,19 +88,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
     Raises:
         CheckpointError: config.json is missing, is no JSON, is of another model, or holds a bad value.
     """
-    file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        model_type = fields.get("model_type")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{argument} is '{folder}', which holds no config.json; give a folder written by save_pretrained."
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
-            "checkpoint again."
-        ) from error
+    model_type = read_config_fields(folder, argument=argument).get("model_type")
     if model_type != MesaNetConfig.model_type:
         raise CheckpointError(
             f"{argument} is '{folder}', whose config.json has model_type {model_type!r}; give a checkpoint of "
@@ -112,6 +100,28 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         raise CheckpointError(
             f"{argument} is '{folder}', whose config.json is not valid ({one_line(error)}); correct that field."
         ) from error
+
+
+def read_config_fields(folder: Path, *, argument: str = "path") -> dict:
+    """The fields of the config.json in `folder`, of whatever model.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{argument} is '{folder}', which holds no config.json; give a folder written by save_pretrained."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
+            "checkpoint again."
+        ) from error
+    return fields
 
 
 def read_headers(folder: Path, *, argument: str = "path") -> dict[str, TensorHeader]:
