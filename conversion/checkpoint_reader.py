@@ -22,6 +22,23 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 PIECE_BYTES = 16 * 2**20
 
+# What belongs to a checkpoint beside its weights and its config, and means the same to any model.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+)
+
 _HEADER_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
 
 
@@ -228,6 +245,12 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False, argument: str =
             "trust where they come from."
         )
     return PickledCheckpointReader(folder, argument=argument)
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """Files of generation, tokenizer, chat templates and licence of a checkpoint, by their paths in its folder."""
+    files = [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:

@@ -2,8 +2,9 @@
 """Conversions of whole checkpoints: fla to MesaNet and back, and initialisation from softmax transformers."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..configuration_mesanet import MesaNetConfig
-from ..loading import CheckpointError, find_checkpoint, one_line, read_config
+from ..loading import CheckpointError, find_checkpoint, one_line, read_config, read_config_fields
 from ..modeling_mesanet import MesaNetForCausalLM
-from .checkpoint_reader import CheckpointReader, open_checkpoint
+from .checkpoint_reader import CheckpointReader, companions, open_checkpoint
 from .checkpoint_writer import CheckpointWriter, ConversionError, Plan, PlannedTensor
 from .compare_logits import LogitComparison, compare_logits, why_fla_cannot_run
 from .fla_format import FLA_MODEL_TYPE, config_from_fla, config_to_fla, fla_name, fla_shape
@@ -26,23 +27,6 @@ from .transformer_format import (
     left_out,
     plan_from_transformer,
     read_source_config,
-)
-
-# What belongs to a checkpoint beside its weights and its config, and means the same to any model.
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE",
 )
 
 
@@ -71,10 +55,14 @@ class ConversionReport:
     left_out: list[str]
 
     def as_json(self) -> dict:
-        """The fields as JSON types; `logits` without what follows from it."""
+        """The fields as JSON types; `logits` without what follows from it, None for what is no finite number."""
         fields = asdict(self)
         if self.logits is not None:
-            fields["logits"] = self.logits._asdict() | {"dtype": str(self.logits.dtype).removeprefix("torch.")}
+            values = self.logits._asdict() | {"dtype": str(self.logits.dtype).removeprefix("torch.")}
+            fields["logits"] = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
         return fields
 
 
@@ -101,14 +89,14 @@ def convert_from_fla(
         CheckpointError: the source is not a whole checkpoint of that model; or, as `ConversionError`, a field of its
             config has no counterpart, the destination cannot be written, or the logits differ.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     with _about(source):
         config = config_from_fla(_read_fields(source, (FLA_MODEL_TYPE,)))
     reader = open_checkpoint(source, allow_pickle=allow_pickle)
     plan = _renamed(reader, config, lambda name, shape: ((fla_name(name), fla_shape(name, shape)), (name, shape)))
     text = config.to_json_string()
     writer = _writer(reader, plan, destination, text, "from fla", max_shard_size)
-    return _run(writer, reader, text, progress, _compare_with_fla(source, writer.folder, compare))
+    return _run(writer, reader, text, progress, _compare_with_fla(source, source, writer.folder, compare))
 
 
 def convert_to_fla(
@@ -124,7 +112,7 @@ def convert_to_fla(
 
     Args and Raises: as `convert_from_fla`; `source` may be None for the bundled checkpoint.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     config = read_config(source, argument="source")
     with _about(source):
         fields = config_to_fla(config)
@@ -132,7 +120,7 @@ def convert_to_fla(
     plan = _renamed(reader, config, lambda name, shape: ((name, shape), (fla_name(name), fla_shape(name, shape))))
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     writer = _writer(reader, plan, destination, text, "to fla", max_shard_size)
-    return _run(writer, reader, text, progress, _compare_with_fla(writer.folder, source, compare))
+    return _run(writer, reader, text, progress, _compare_with_fla(source, writer.folder, source, compare))
 
 
 def initialize_from_transformer(
@@ -151,7 +139,7 @@ def initialize_from_transformer(
 
     The other arguments, and Raises: as `convert_from_fla`.
     """
-    source, destination = find_checkpoint(source, argument="source"), Path(destination)
+    source, destination = find_checkpoint(source, argument="source"), Path(destination).expanduser()
     if family not in FAMILIES:
         raise ConversionError(f"family is {family!r}; choose one of {', '.join(FAMILIES)}.")
     with _about(source):
@@ -187,21 +175,9 @@ def _read_fields(folder: Path, model_types: tuple[str, ...]) -> dict:
     """The fields of config.json.
 
     Raises:
-        CheckpointError: there is none, it is no JSON object, or of another model.
+        CheckpointError: they cannot be read, or are of another model.
     """
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(fields, Mapping):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"source is '{folder}', which holds no config.json; give a folder written by save_pretrained."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"source is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
-            "checkpoint again."
-        ) from error
+    fields = read_config_fields(folder, argument="source")
     if fields.get("model_type") not in model_types:
         known = {FLA_MODEL_TYPE: "fla"} | {name: family for family, names in FAMILIES.items() for name in names}
         remedy = {
@@ -212,7 +188,7 @@ def _read_fields(folder: Path, model_types: tuple[str, ...]) -> dict:
             f"source is '{folder}', whose config.json has model_type {fields.get('model_type')!r} instead of "
             f"{' or '.join(map(repr, model_types))}; {remedy}."
         )
-    return dict(fields)
+    return fields
 
 
 NameAndShape = tuple[str, tuple[int, ...]]
@@ -251,7 +227,7 @@ def _writer(
 
 
 def _compare_with_fla(
-    fla_folder: Path, mesanet_folder: Path, compare: bool
+    source: Path, fla_folder: Path, mesanet_folder: Path, compare: bool
 ) -> Callable[[], tuple[str, LogitComparison | None]]:
     """What compares the logits once both folders are complete: a sentence, and the comparison if there was one."""
 
@@ -259,7 +235,16 @@ def _compare_with_fla(
         obstacle = why_fla_cannot_run() if compare else "it was not asked for"
         if obstacle is not None:
             return f"Logits were not compared: {obstacle}.", None
-        comparison = compare_logits(fla_folder, mesanet_folder)
+        try:
+            comparison = compare_logits(fla_folder, mesanet_folder)
+        except CheckpointError:
+            raise
+        # fla's kernels and the driver fail in many ways; what has been written is none the worse for it.
+        except Exception as error:
+            raise ConversionError(
+                f"source is '{source}', whose logits could not be compared ({type(error).__name__}: "
+                f"{one_line(error)}); run the same again, which goes on from here, with compare=False (--no-compare)."
+            ) from error
         return f"The {comparison}.", comparison
 
     return run
@@ -279,8 +264,7 @@ def _run(
         writing = bar.add_task("writing", total=writer.total_bytes)
         writer.write(lambda count: bar.advance(writing, count))
         writer.write_text("config.json", config)
-        carried = [file for pattern in CARRIED for file in sorted(reader.folder.glob(pattern)) if file.is_file()]
-        carried = {file.relative_to(reader.folder).as_posix(): file for file in carried}
+        carried = companions(reader.folder)
         for name, file in carried.items():
             writer.copy(file, name)
         reading = bar.add_task("comparing", total=writer.total_bytes)

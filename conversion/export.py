@@ -3,11 +3,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -15,35 +15,26 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import modeling_mesanet
-from modeling_mesanet import MesaNetForCausalLM, self_contained
+from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, self_contained
 from modeling_mesanet.files import replacing_folder
 from modeling_mesanet.info import describe
 from modeling_mesanet.loading import CheckpointError, find_checkpoint, load_checkpoint, read_config, weight_files
 from modeling_mesanet.self_contained import AUTO_MAP
 
-# What of a checkpoint's folder goes along beside its weights and its config: generation, tokenizer, card.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "README.md",
-    "LICENSE*",
-    "*.png",
-)
+from .card import CARD
+from .checkpoint_reader import companions
 
 # Relative difference of the outputs that the check lets pass: libraries may add in another order in another process.
 TOLERANCE = 1e-5
 
 _TOKENS = 64
 
-# Runs in a process in which this package cannot be imported: what the folder lacks, it does not find elsewhere.
-_LOADER = """
+# A line of an example on a card.
+_IMPORT = re.compile(r"^(from|import) modeling_mesanet\b", re.MULTILINE)
+
+# Before anything else in a process in which this package cannot be imported: what a folder lacks, it does not find
+# elsewhere.
+WITHOUT_PACKAGE = """
 import sys
 
 class Absent:
@@ -53,6 +44,11 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent)
+"""
+
+_LOADER = (
+    WITHOUT_PACKAGE
+    + """
 import json
 import torch
 import transformers
@@ -65,14 +61,16 @@ model = getattr(transformers, auto_class).from_pretrained(
 with torch.no_grad():
     save_file({"output": model.eval()(torch.tensor(json.loads(tokens)))[0].contiguous()}, output)
 """
+)
 
 
 def export(source: str | os.PathLike | None, destination: str | os.PathLike, *, check: bool = True) -> float | None:
     """Write a checkpoint to a new folder together with the code of its model.
 
     The folder loads with `from_pretrained(folder, trust_remote_code=True)` of transformers' Auto classes. Weights,
-    tokenizer, generation config, card and code are copied byte for byte; the config gets an `auto_map`, and
-    `requirements.txt` lists the libraries and versions that the code needs.
+    tokenizer, generation config and code are copied byte for byte; the config gets an `auto_map`, and
+    `requirements.txt` lists the libraries and versions that the code needs. A card goes along, with its pictures,
+    unless its examples import this package, which who loads the folder need not have.
 
     Args:
         source: a folder, a Hub id, or None for the bundled checkpoint.
@@ -91,14 +89,19 @@ def export(source: str | os.PathLike | None, destination: str | os.PathLike, *, 
         raise CheckpointError(f"DST is '{destination}', which exists and is not empty; give a new folder.")
     describe(folder, argument="SRC")  # refuses what does not belong together
     config = read_config(folder, argument="SRC")
-    files = weight_files(folder, argument="SRC")
-    if files != [folder / SAFE_WEIGHTS_NAME]:
-        files.append(folder / SAFE_WEIGHTS_INDEX_NAME)
-    files += [file for file in sorted(folder.iterdir()) if any(fnmatch(file.name, name) for name in COMPANIONS)]
+    _auto_class(folder, config)  # refuses what would not load
+    files = {file.name: file for file in weight_files(folder, argument="SRC")}
+    if SAFE_WEIGHTS_NAME not in files:
+        files[SAFE_WEIGHTS_INDEX_NAME] = folder / SAFE_WEIGHTS_INDEX_NAME
+    files |= companions(folder)
+    card = folder / CARD
+    if card.is_file() and not _IMPORT.search(card.read_text(encoding="utf-8", errors="replace")):
+        files |= {file.name: file for file in (card, *folder.glob("*.png"))}
     try:
         with replacing_folder(destination) as temporary:
-            for file in files:
-                shutil.copyfile(file, temporary / file.name)
+            for name, file in files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / name)
             self_contained(config).save_pretrained(temporary)
             return compare_without_package(folder, temporary) if check else None
     except OSError as error:
@@ -112,11 +115,11 @@ def compare_without_package(source: Path, exported: Path) -> float:
     """The relative difference between the outputs of `source`, loaded with this package, and of `exported`, without.
 
     Raises:
-        CheckpointError: `exported` does not load without this package, or gives other outputs.
+        CheckpointError: `exported` does not load without this package, or gives other outputs; or no Auto class makes
+            the model that the config of `source` names.
     """
     config = read_config(source)
-    architecture = (config.architectures or [MesaNetForCausalLM.__name__])[0]
-    auto_class = next(name for name, reference in AUTO_MAP.items() if reference.endswith(f".{architecture}"))
+    auto_class, architecture = _auto_class(source, config)
     tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     model = load_checkpoint(source, model_class=getattr(modeling_mesanet, architecture))
     with torch.no_grad():
@@ -146,3 +149,19 @@ def compare_without_package(source: Path, exported: Path) -> float:
             f"{difference:.1e}); export from an unchanged installation of it."
         )
     return difference
+
+
+def _auto_class(folder: Path, config: MesaNetConfig) -> tuple[str, str]:
+    """Names of the Auto class that makes the model in `folder`, and of its own class.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    architecture = (config.architectures or [MesaNetForCausalLM.__name__])[0]
+    known = {reference.rpartition(".")[2]: name for name, reference in AUTO_MAP.items() if name != "AutoConfig"}
+    if architecture not in known:
+        raise CheckpointError(
+            f"SRC is '{folder}', whose config.json names the architecture {architecture!r}; it must be "
+            f"one of {', '.join(known)}."
+        )
+    return known[architecture], architecture

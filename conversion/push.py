@@ -10,15 +10,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_mesanet.info import describe
 from modeling_mesanet.loading import CheckpointError, load_tokenizer, one_line, read_config, weight_files
 
-from .card import CARD, check_card
+from .card import CARD, check_card, check_repo_id
 
 # What Python unpickles runs code of whoever wrote it; torch.save writes such files, in a zip archive or (as older
 # versions, and pickle itself) with a protocol mark in front.
@@ -114,20 +112,6 @@ def push(folder: str | os.PathLike, repo_id: str, *, private: bool = False, endp
     except Exception as error:
         raise CheckpointError(_refusal(repo_id, error)) from None
     return commit.commit_url
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Refuse what is no Hub id.
-
-    Raises:
-        CheckpointError: as above.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"REPO_ID is '{repo_id}', which is no Hub id ({one_line(error).rstrip('.')}); give owner/name."
-        ) from error
 
 
 def _refusal(repo_id: str, error: Exception) -> str:

@@ -16,13 +16,12 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import EvalResult
 from transformers import AutoConfig
 
 from modeling_mesanet.configuration_mesanet import MesaNetConfig
 from modeling_mesanet.files import replacing
 from modeling_mesanet.info import describe
-from modeling_mesanet.loading import find_checkpoint
+from modeling_mesanet.loading import find_checkpoint, weights_sha256
 
 from .results import UsageError
 from .task_data import DATA_VARIABLE, data_folder, missing_file
@@ -106,6 +105,7 @@ def evaluate(
     identity = _fingerprint(name, checkpoint, arguments.model_args)
     settings = {
         "model": name,
+        "weights": None if checkpoint is None else weights_sha256(checkpoint, argument="--model"),
         "fingerprint": identity,
         "tasks": chosen,
         "data": os.environ.get(DATA_VARIABLE),
@@ -123,29 +123,6 @@ def evaluate(
     cli.execute(arguments)
     if main_process:
         _finish(folder, settings)
-
-
-def card_entries(folder: str | os.PathLike) -> list[EvalResult]:
-    """The figures of a finished evaluation for the metadata of a model card.
-
-    Raises:
-        UsageError: `folder` holds no finished evaluation.
-    """
-    summary = _read_summary(Path(folder))
-    if summary is None or summary["status"] != "finished":
-        raise UsageError(f"'{folder}' holds no finished evaluation; run `mesanet eval --output {folder}` to its end.")
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=figure["task"],
-            dataset_name=figure["task"],
-            metric_type=figure["metric"],
-            metric_name=figure["metric"],
-            metric_value=figure["value"],
-            metric_args={"num_fewshot": figure["shots"], "limit": figure["limit"]},
-        )
-        for figure in summary["figures"]
-    ]
 
 
 def _resolve(names: list[str]) -> tuple[dict[str, dict], list[str]]:

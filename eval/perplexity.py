@@ -23,7 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from modeling_mesanet import MesaNetConfig
 from modeling_mesanet.files import fingerprint, replacing, write_json
-from modeling_mesanet.loading import CheckpointError, find_checkpoint, load_checkpoint, load_tokenizer
+from modeling_mesanet.loading import (
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    load_tokenizer,
+    weights_sha256,
+)
 
 from .results import (
     UsageError,
@@ -261,7 +267,9 @@ def load_model(path: str | os.PathLike | None, *, device: str, dtype: str, argum
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256("".join(file.name + fingerprint(file) for file in files).encode()).hexdigest()
     downloaded = path is not None and not Path(path).expanduser().is_dir()
-    description = {"name": str(path) if downloaded else folder.resolve().name, "sha256": digest}
+    weights = weights_sha256(folder, argument=argument) if kind == MesaNetConfig.model_type else None
+    name = str(path) if downloaded else folder.resolve().name
+    description = {"name": name, "sha256": digest, "weights": weights}
     return LoadedModel(model, tokenizer, description)
 
 

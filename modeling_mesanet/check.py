@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 from .doctor import installed_versions
-from .loading import find_checkpoint, load_checkpoint
+from .loading import find_checkpoint, load_checkpoint, weights_sha256
 from .mesa import select_backend
 
 # Largest relative difference between two ways to the logits of a token. In float32 they differ by rounding, which may
@@ -45,7 +45,7 @@ def check(
     Returns:
         JSON types: `verdict` ("pass" or "fail"), `checks` (a list of dicts with `name`, `error`, `bound`, `status` of
         "pass", "fail" or "not run", and `reason`, a sentence or None; `error` and `bound` are None where nothing was
-        compared), `path`, `device`, `backend`, `dtype` and `versions`.
+        compared), `path`, `weights` (their SHA-256), `device`, `backend`, `dtype` and `versions`.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -59,6 +59,7 @@ def check(
         "verdict": "fail" if any(entry["status"] == "fail" for entry in checks) else "pass",
         "checks": checks,
         "path": str(folder),
+        "weights": weights_sha256(folder),
         "device": str(device),
         "backend": select_backend(device, model.config.kernel_backend)[0],
         "dtype": "float32",

@@ -418,7 +418,8 @@ def convert(
 def _print_conversion(report) -> None:
     console, about = _console(), _table("converted")
     about.add_row("folder", report.destination)
-    about.add_row("weights", f"{report.tensors} tensors, {report.bytes:,} bytes in {len(report.shards)} files")
+    files = f"{len(report.shards)} file{'s' * (len(report.shards) > 1)}"
+    about.add_row("weights", f"{report.tensors} tensors, {report.bytes:,} bytes in {files}")
     if report.resumed:
         about.add_row("resumed", f"{report.resumed} of these files were complete from an earlier run")
     about.add_row("carried along", ", ".join(report.carried) or "nothing: the source holds no tokenizer")
@@ -509,6 +510,8 @@ def export(
         difference = write(source, destination, check=check)
         checked = "not checked" if difference is None else f"relative difference of the outputs {difference:.1e}"
         typer.echo(f"{destination}: complete, {checked}")
+        if not (Path(destination).expanduser() / "README.md").is_file():
+            typer.echo("It has no card that fits it; `mesanet card` writes one.")
 
 
 @app.command()
@@ -552,9 +555,16 @@ def card(
         str | None, typer.Option(help="Where the examples load the model from, such as owner/name.")
     ] = None,
     training: Annotated[str | None, typer.Option(help="training_log.json, or trainer_state.json of Trainer.")] = None,
-    evaluation: Annotated[list[str] | None, typer.Option(help="Results of lm-eval; may be repeated.")] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Results of lm-eval, or a folder of `mesanet eval`, `perplexity`, `compute-sweep`; may be repeated."
+        ),
+    ] = None,
     certificate: Annotated[str | None, typer.Option(help="What `mesanet check --json` wrote.")] = None,
-    benchmark: Annotated[list[str] | None, typer.Option(help="Results of benchmarks; may be repeated.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Results of kernels/benchmarks; may be repeated.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that the folder has.")] = False,
 ) -> None:
     """Write the model card (README.md) of a checkpoint from the files of its training, evaluation and checks."""

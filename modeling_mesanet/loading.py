@@ -5,6 +5,7 @@
 warning. That is right for fine-tuning and wrong for generating text or measuring it, so this module refuses both.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from .configuration_mesanet import MesaNetConfig
+from .files import fingerprint
 from .modeling_mesanet import MesaNetForCausalLM
 
 # A Hub id: `name` or `owner/name`, of letters, digits, `-`, `_` and `.`, neither part beginning with `.` or `-`.
@@ -86,19 +88,7 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
     Raises:
         CheckpointError: config.json is missing, is no JSON, is of another model, or holds a bad value.
     """
-    file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        model_type = fields.get("model_type")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{argument} is '{folder}', which holds no config.json; give a folder written by save_pretrained."
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
-            "checkpoint again."
-        ) from error
+    model_type = read_config_fields(folder, argument=argument).get("model_type")
     if model_type != MesaNetConfig.model_type:
         raise CheckpointError(
             f"{argument} is '{folder}', whose config.json has model_type {model_type!r}; give a checkpoint of "
@@ -110,6 +100,28 @@ def read_config(folder: Path, *, argument: str = "path") -> MesaNetConfig:
         raise CheckpointError(
             f"{argument} is '{folder}', whose config.json is not valid ({one_line(error)}); correct that field."
         ) from error
+
+
+def read_config_fields(folder: Path, *, argument: str = "path") -> dict:
+    """The fields of the config.json in `folder`, of whatever model.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{argument} is '{folder}', which holds no config.json; give a folder written by save_pretrained."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{argument} is '{folder}', whose config.json cannot be read ({one_line(error)}); download or save the "
+            "checkpoint again."
+        ) from error
+    return fields
 
 
 def read_headers(folder: Path, *, argument: str = "path") -> dict[str, TensorHeader]:
@@ -260,6 +272,18 @@ def weight_files(
             "get the checkpoint from a source that you trust."
         )
     return [folder / name for name in sorted(names)]
+
+
+def weights_sha256(folder: Path, *, argument: str = "path") -> str:
+    """What tells a checkpoint's weights from others: SHA-256 of their file; of several, of names and hashes.
+
+    Raises:
+        CheckpointError: as `weight_files`.
+    """
+    files = weight_files(folder, argument=argument)
+    if len(files) == 1:
+        return fingerprint(files[0])
+    return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from modeling_mesanet import check as check_module
 from modeling_mesanet import modeling_mesanet
 from modeling_mesanet.check import BOUND, CHECKS, check, difference, largest
 from modeling_mesanet.cli import app
+from modeling_mesanet.loading import weights_sha256
 from modeling_mesanet.modeling_mesanet import MesaNetShortConvolution, PadOrder
 
 
@@ -38,6 +39,7 @@ def test_a_sound_checkpoint_passes(folder):
     assert report["path"] == str(folder)
     assert report["device"] == "cpu"
     assert report["versions"]["torch"]
+    assert report["weights"] == weights_sha256(folder)
     for entry in report["checks"]:
         if entry["status"] == "not run":
             assert entry["error"] is entry["bound"] is None

@@ -16,22 +16,10 @@ from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modeling_mesanet.conversion.export import WITHOUT_PACKAGE
 from modeling_mesanet.loading import CheckpointError
 
 SENTENCE = "It was a dark night and the rain fell in torrents."
-
-# Before anything else in such a process.
-WITHOUT_PACKAGE = """
-import sys
-
-class Absent:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_mesanet":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent)
-"""
 
 
 @pytest.fixture(scope="session")

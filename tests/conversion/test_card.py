@@ -21,7 +21,7 @@ from modeling_mesanet.configuration_mesanet import PRESETS
 from modeling_mesanet.conversion.card import CARD, card_of_folder, card_of_preset, check_card
 from modeling_mesanet.conversion.export import export
 from modeling_mesanet.files import fingerprint
-from modeling_mesanet.loading import CheckpointError
+from modeling_mesanet.loading import CheckpointError, weights_sha256
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "kernels" / "benchmarks" / "results"
@@ -44,6 +44,9 @@ LM_EVAL = {
     },
     "n-shot": {"arc_easy": 5, "local_words": 0},
     "versions": {"arc_easy": 1.0, "local_words": 2.0},
+    "n-samples": {"arc_easy": {"original": 2376, "effective": 2376}, "local_words": {"original": 50, "effective": 9}},
+    "higher_is_better": {"arc_easy": {"acc": True}, "local_words": {"exact_match": False}},
+    "config": {"model_dtype": "torch.bfloat16", "limit": None},
     "lm_eval_version": "0.4.13",
 }
 CERTIFICATE = {
@@ -137,10 +140,10 @@ class TestSections:
     def test_lm_eval(self, checkpoint, tmp_path):
         card = card_of_folder(checkpoint, license="mit", evaluations=[write(tmp_path, "results.json", LM_EVAL)])
         text = section(card, "Evaluation")
-        assert "| arc_easy | 5 | acc | 0.4321 | 0.0123 | 1.0 |" in text
-        assert "| arc_easy | 5 | acc_norm | 0.4000 | - | 1.0 |" in text
-        assert "| local_words | 0 | exact_match (strict) | 0.2500 | 0.0500 | 2.0 |" in text
-        assert "lm-eval 0.4.13" in text
+        assert "| arc_easy | 2,376 | 5 | acc ↑ | 0.4321 | 0.0123 | 1 |" in text
+        assert "| arc_easy | 2,376 | 5 | acc_norm | 0.4000 | - | 1 |" in text
+        assert "| local_words | 9 | 0 | exact_match (strict) ↓ | 0.2500 | 0.0500 | 2 |" in text
+        assert "By lm-eval 0.4.13 in bfloat16:" in text
         assert "sample_len" not in text
         assert "/home/me" not in card
         results = {result.metric_name: result for result in ModelCard(card).data.eval_results}
@@ -150,6 +153,78 @@ class TestSections:
         assert results["acc"].metric_value == 0.4321
         assert results["acc"].dataset_args == {"num_few_shot": 5}
         assert results["exact_match (strict)"].dataset_type == "local_words"
+        assert results["exact_match (strict)"].dataset_args == {"num_few_shot": 0, "num_examples": 9}
+
+    def test_tasks_on_the_same_data_stay_apart(self, checkpoint, tmp_path):
+        """Reading comprehension with and without repetition, or the same with other examples in front."""
+        settings = {"dataset_path": "rajpurkar/squad", "validation_split": "validation"}
+        results = {
+            "results": {"squad": {"acc,none": 0.1}, "squad_twice": {"acc,none": 0.2}, "squad_5": {"acc,none": 0.3}},
+            "configs": {"squad": settings, "squad_twice": settings, "squad_5": settings},
+            "n-shot": {"squad": 0, "squad_twice": 0, "squad_5": 5},
+            "config": {},
+        }
+        card = card_of_folder(checkpoint, license="mit", evaluations=[write(tmp_path, "results.json", results)])
+        found = {
+            (result.dataset_name, result.dataset_args["num_few_shot"]): result.metric_value
+            for result in ModelCard(card).data.eval_results
+        }
+        assert found == {("squad", 0): 0.1, ("squad_twice", 0): 0.2, ("squad_5", 5): 0.3}
+
+    def test_results_of_our_own_commands(self, checkpoint, tmp_path):
+        """Losses by context length of the bundled checkpoint, and what the solver's settings cost."""
+        (tmp_path / "tale.txt").write_text("It was a dark night and the rain fell in torrents. " * 12)
+        common = [str(tmp_path / "tale.txt"), "--no-plot", "-o"]
+        for command, *options in (
+            ("perplexity", "windows", "--lengths", "16,64"),
+            ("perplexity", "whole"),
+            ("compute-sweep", "sweep", "--length", "32", "--steps", "0,3", "--tolerances", "1e-2"),
+        ):
+            done = CliRunner().invoke(app, [command, *common, str(tmp_path / options[0]), *options[1:]])
+            assert done.exit_code == 0, done.output
+        files = [tmp_path / "windows", tmp_path / "whole" / "perplexity.json", tmp_path / "sweep"]
+        card = card_of_folder(None, license="mit", evaluations=files)
+        windows, whole = (
+            json.loads((tmp_path / name / "perplexity.json").read_text()) for name in ("windows", "whole")
+        )
+        text = section(card, "Evaluation")
+        for length, entry in windows["lengths"].items():
+            assert f"| {length} tokens | {entry['tokens']} | {entry['nll']:.4f} | {entry['perplexity']:.2f} |" in text
+        entry = whole["lengths"]["whole"]
+        assert f"| none | {entry['tokens']} | {entry['nll']:.4f} | {entry['perplexity']:.2f} |" in text
+        assert f"| {entry['bits_per_byte']:.4f} |" in text
+        assert "on *tale*" in text
+        found = {
+            (result.dataset_args or {}).get("context_length"): result.metric_value
+            for result in ModelCard(card).data.eval_results
+        }
+        expected = {16: windows["lengths"]["16"], 64: windows["lengths"]["64"], None: entry}
+        assert found == {length: round(one["perplexity"], 4) for length, one in expected.items()}
+        sweep = json.loads((tmp_path / "sweep" / "compute_sweep.json").read_text())["sweep"]
+        solver = section(card, "Solver")
+        for one in sweep:
+            row = f"{one['mean_steps']:.1f} | {one['perplexity']:.2f} | {one['difference']:+.4f} |"
+            assert f"| {one['max_steps']} | {one['tolerance'] or '-'} | {row}" in solver
+        assert len(sweep) == 4
+        with pytest.raises(CheckpointError, match="of other weights"):
+            card_of_folder(checkpoint, license="mit", evaluations=files[:1])
+
+    def test_within_and_beyond_the_training_length(self, checkpoint, tmp_path):
+        """That table is there where texts are longer than what the model was trained on."""
+        text = {"nll": 2.0, "perplexity": 7.389, "tokens": 4}
+        content = {
+            "settings": {
+                "command": "perplexity",
+                "model": {"weights": weights_sha256(checkpoint)},
+                "dtype": "float32",
+            },
+            "lengths": {"8": text},
+            "documents": {"tale": text},
+            "extrapolation": {"within": {"from": 0, "to": 4, **text}, "beyond": {"from": 4, "to": 8, **text}},
+        }
+        file = write(tmp_path, "perplexity.json", content)
+        card = card_of_folder(checkpoint, license="mit", evaluations=[file])
+        assert "| 5 to 8 | 4 | 7.39 |" in section(card, "Evaluation")
 
     def test_own_evaluation_and_training(self, checkpoint, tmp_path):
         card = card_of_folder(
@@ -173,7 +248,8 @@ class TestSections:
         assert "5.500 at first, 2.250 at last" in text
 
     def test_certificate(self, checkpoint, tmp_path):
-        card = card_of_folder(checkpoint, license="mit", certificate=write(tmp_path, "check.json", CERTIFICATE))
+        certificate = {**CERTIFICATE, "weights": weights_sha256(checkpoint)}
+        card = card_of_folder(checkpoint, license="mit", certificate=write(tmp_path, "check.json", certificate))
         text = section(card, "Conformance")
         assert "**pass**" in text
         assert "| left padding | 1.2e-06 | 1.0e-04 | pass |" in text
@@ -215,6 +291,9 @@ class TestRefusals:
             ("benchmarks", {"x": 1}, "--benchmark is .*not of a known format"),
             ("about", "titel: x", "has a field 'titel' that no card has"),
             ("about", "- x", "no mapping of fields"),
+            ("about", "widget: Once", "whose field 'widget' is 'Once'; give a list"),
+            ("about", "summary: [1]", r"whose field 'summary' is \[1\]; give text"),
+            ("about", "published: {tables: []}", "would not be valid .*has no attribute 'source'"),
         ],
     )
     def test_files_of_other_formats(self, checkpoint, tmp_path, option, content, message):
@@ -228,12 +307,46 @@ class TestRefusals:
 
     def test_results_of_other_weights(self, checkpoint, tmp_path):
         evaluation = {**own_evaluation(checkpoint), "checkpoint": {"sha256": "0" * 64}}
-        with pytest.raises(CheckpointError, match="of other weights"):
+        with pytest.raises(CheckpointError, match=r"--evaluation is .*of other weights"):
             card_of_folder(checkpoint, license="mit", evaluations=[write(tmp_path, "evaluation.json", evaluation)])
+        results = {**LM_EVAL, "config": {"model_num_parameters": 7}}
+        with pytest.raises(CheckpointError, match="of a model of 7 parameters"):
+            card_of_folder(checkpoint, license="mit", evaluations=[write(tmp_path, "results.json", results)])
+        certificate = {**CERTIFICATE, "weights": "0" * 64}
+        with pytest.raises(CheckpointError, match=r"--certificate is .*of other weights"):
+            card_of_folder(checkpoint, license="mit", certificate=write(tmp_path, "check.json", certificate))
+
+    def test_a_folder_without_results(self, checkpoint, tmp_path):
+        with pytest.raises(CheckpointError, match=r"--evaluation is .*without one file of results"):
+            card_of_folder(checkpoint, license="mit", evaluations=[tmp_path])
+
+    def test_weights_in_several_files(self, checkpoint, tmp_path):
+        """They are told from others whatever else the folder holds."""
+        model = load_checkpoint(checkpoint)
+        for name, size in (("one", "1GB"), ("many", "50KB"), ("again", "50KB")):
+            model.save_pretrained(tmp_path / name, max_shard_size=size)
+        (tmp_path / "again" / "config.json").write_text("{}")
+        assert weights_sha256(tmp_path / "one") == fingerprint(tmp_path / "one" / "model.safetensors")
+        assert weights_sha256(tmp_path / "many") == weights_sha256(tmp_path / "again")
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+        model.save_pretrained(tmp_path / "many", max_shard_size="50KB")
+        assert weights_sha256(tmp_path / "many") != weights_sha256(tmp_path / "again")
 
     def test_no_licence(self, checkpoint):
         with pytest.raises(CheckpointError, match="licence is missing"):
             card_of_folder(checkpoint)
+
+    def test_what_the_hub_would_not_understand_is_not_written(self, checkpoint, tmp_path):
+        with pytest.raises(CheckpointError, match=r"would not be valid \(`license` is missing or no identifier"):
+            card_of_folder(checkpoint, license="My License")
+        with pytest.raises(CheckpointError, match=r"needs a `license_name`"):
+            card_of_folder(checkpoint, license="other")
+        about = {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"}
+        card = card_of_folder(checkpoint, about=write(tmp_path, "about.yaml", yaml.safe_dump(about)))
+        assert about.items() <= metadata(card).items()
+        with pytest.raises(CheckpointError, match="--repo-id is 'a b', which is no Hub id"):
+            card_of_folder(checkpoint, license="mit", repo_id="a b")
 
     @pytest.mark.parametrize(
         ("change", "message"),

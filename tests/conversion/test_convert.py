@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversions of whole folders: bitwise, resumable, bounded in memory, whole or not at all."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -325,13 +326,40 @@ class TestRefusals:
     def test_logits_that_differ(self, fla_checkpoint, tmp_path, refuse, monkeypatch):
         source, _, _ = fla_checkpoint()
         monkeypatch.setattr(convert, "why_fla_cannot_run", lambda: None)
-        outcome = LogitComparison(torch.float32, 400, 3e-2, 2e-2, 1e-2)
+        outcome = LogitComparison(torch.float32, 400, 2e-2, 3e-2, 2e-2, 1e-2)
         monkeypatch.setattr(convert, "compare_logits", lambda *folders: outcome)
         with refuse("logits of 400 random tokens", "3.0e-02"):
             convert_from_fla(source, tmp_path / "ours")
-        outcome = LogitComparison(torch.float32, 400, 3e-3, 5e-4, 3e-3)
-        assert convert_from_fla(source, tmp_path / "ours").logits is outcome
+        outcome = LogitComparison(torch.float32, 400, 5e-4, 3e-3, 5e-4, 3e-3)
+        report = convert_from_fla(source, tmp_path / "ours")
+        assert report.logits is outcome
+        assert report.as_json()["logits"] == {**outcome._asdict(), "dtype": "float32"}
+        unlimited = dataclasses.replace(report, logits=outcome._replace(fla=float("inf")))
+        assert json.loads(json.dumps(unlimited.as_json(), allow_nan=False))["logits"]["fla"] is None
         assert convert_from_fla(source, tmp_path / "unchecked", compare=False).logits is None
+
+    def test_a_comparison_that_fails(self, fla_checkpoint, tmp_path, monkeypatch):
+        """fla's kernels ask for more shared memory than the GPU has, say; the conversion is not lost."""
+        source, _, tensors = fla_checkpoint()
+
+        def fail(*folders):
+            raise RuntimeError("out of resource:\nshared memory")
+
+        monkeypatch.setattr(convert, "why_fla_cannot_run", lambda: None)
+        monkeypatch.setattr(convert, "compare_logits", fail)
+        with pytest.raises(CheckpointError, match=r"could not be compared \(RuntimeError: .*--no-compare") as refusal:
+            convert_from_fla(source, tmp_path / "ours", max_shard_size="20KB")
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "ours").exists()
+        report = convert_from_fla(source, tmp_path / "ours", max_shard_size="20KB", compare=False)
+        assert report.resumed == len(report.shards)
+        assert_same(state_dict_to_fla(read(tmp_path / "ours")), tensors)
+
+    def test_a_home_in_the_destination(self, fla_checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        source, _, _ = fla_checkpoint()
+        convert_from_fla(source, "~/ours")
+        assert (tmp_path / "ours" / "config.json").is_file()
 
 
 class TestInterruption:

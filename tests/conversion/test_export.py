@@ -3,6 +3,8 @@
 
 import errno
 import json
+import math
+import os
 import re
 import shutil
 import sys
@@ -17,10 +19,12 @@ from modeling_mesanet import (
     MesaNetConfig,
     MesaNetForCausalLM,
     MesaNetForSequenceClassification,
+    bundled_checkpoint,
     load_checkpoint,
     self_contained,
 )
 from modeling_mesanet.conversion import export as export_module
+from modeling_mesanet.conversion.card import card_of_folder
 from modeling_mesanet.conversion.export import compare_without_package, export
 from modeling_mesanet.loading import CheckpointError
 from modeling_mesanet.self_contained import AUTO_MAP, code_files, required_versions
@@ -161,6 +165,108 @@ class TestElsewhere:
         assert (saved / "model.safetensors").is_file()
 
 
+# The bundled checkpoint as a reader of its card would use it, and lm-eval on it.
+READER = """
+import json
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+folder, tasks, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
+inputs = tokenizer(prompt, return_tensors="pt")
+length = {"max_new_tokens": 20, "do_sample": False}
+results = simple_evaluate(
+    model="hf",
+    model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32"},
+    tasks=["loss"],
+    task_manager=TaskManager(include_path=tasks, include_defaults=False),
+    device="cpu",
+    bootstrap_iters=0,
+)
+print(json.dumps({
+    "texts": tokenizer.batch_decode(model.generate(**inputs, **length)),
+    "pipeline": pipeline("text-generation", folder, trust_remote_code=True, dtype="float32")(prompt, **length),
+    "lm-eval": results["results"]["loss"]["perplexity,none"],
+}))
+"""
+TASK = """
+task: loss
+custom_dataset: !function texts.load
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{rest}}"
+metric_list:
+  - metric: perplexity
+"""
+TEXTS = """
+from datasets import Dataset
+
+def load(**options):
+    return {"test": Dataset.from_list([{"text": "It was a dark night", "rest": " and the rain fell in torrents."}])}
+"""
+
+
+def test_the_bundled_checkpoint_elsewhere(run_without_package, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'modeling-mesanet[eval]'")
+    export(None, tmp_path / "novels", check=False)
+    assert not (tmp_path / "novels" / "README.md").exists()  # its examples would need the package
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "loss.yaml").write_text(TASK)
+    (tmp_path / "tasks" / "texts.py").write_text(TEXTS)
+    found = run_without_package(READER, tmp_path / "novels", tmp_path / "tasks", PROMPT)
+
+    model, tokenizer = load_checkpoint(), AutoTokenizer.from_pretrained(bundled_checkpoint())
+    length = {"max_new_tokens": 20, "do_sample": False}
+    assert found["texts"] == tokenizer.batch_decode(model.generate(**tokenizer(PROMPT, return_tensors="pt"), **length))
+    assert found["pipeline"] == pipeline("text-generation", model, tokenizer=tokenizer)(PROMPT, **length)
+    context = tokenizer("It was a dark night")["input_ids"]
+    ids = tokenizer("It was a dark night and the rain fell in torrents.", return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(context)] = -100
+    nats = model(ids, labels=labels).loss.item() * (ids.shape[1] - len(context))
+    assert found["lm-eval"] == pytest.approx(math.exp(nats), rel=1e-3)
+
+
+# Which backend the code of the folder takes, and what it computes.
+ON_DEVICE = """
+import json
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+folder, device, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(device)
+ids = (torch.arange(300, device=device) % 256)[None]
+length = {"max_new_tokens": 8, "do_sample": False}
+with torch.no_grad():
+    save_file({"logits": model(ids).logits.cpu(), "tokens": model.generate(ids[:, :50], **length).cpu()}, output)
+package = type(model).__module__.rpartition(".")[0]
+backend = sys.modules[package + ".mesa_dispatch"].select_backend(torch.device(device), model.config.kernel_backend)[0]
+print(json.dumps({"backend": backend, "triton": package + ".mesa_triton" in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_devices(exported, checkpoint, run_without_package, tmp_path, device):
+    """On a GPU the folder's own Triton kernels run, and give what the package gives on a CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if device == "cuda" else ""
+    report = run_without_package(
+        ON_DEVICE, exported, device, tmp_path / "found.safetensors", CUDA_VISIBLE_DEVICES=visible
+    )
+    assert report == {"backend": "triton" if device == "cuda" else "torch", "triton": device == "cuda"}
+    found = load_file(tmp_path / "found.safetensors")
+    model = load_checkpoint(checkpoint)
+    ids = (torch.arange(300) % 256)[None]
+    expected = model(ids).logits
+    assert (found["logits"] - expected).norm() < 1e-3 * expected.norm()
+    assert torch.equal(found["tokens"], model.generate(ids[:, :50], max_new_tokens=8, do_sample=False))
+
+
 class TestSaving:
     def test_a_plain_model_brings_no_code(self, tiny_model, tmp_path):
         tiny_model().save_pretrained(tmp_path)
@@ -207,6 +313,12 @@ class TestRefusals:
         ("fault", "message"),
         [
             (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+            (
+                lambda folder: (folder / "config.json").write_text(
+                    (folder / "config.json").read_text().replace('"MesaNetForCausalLM"', '"MesaNetForDancing"')
+                ),
+                "SRC is '.*copy', whose config.json names the architecture 'MesaNetForDancing'",
+            ),
             (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "model_type 'gpt2'"),
             (
                 lambda folder: (folder / "model.safetensors").write_bytes(
@@ -260,6 +372,26 @@ class TestRefusals:
         change(changed)
         with pytest.raises(CheckpointError, match=message):
             compare_without_package(exported, changed)
+
+
+def test_what_goes_along(copy, exported, tmp_path):
+    """Tokenizers of every kind, chat templates, licences; a card with its pictures where it fits; nothing else."""
+    (copy / "additional_chat_templates").mkdir()
+    templates = {"chat_template.jinja", "additional_chat_templates/tools.jinja"}
+    carried = {"vocab.txt", "tokenizer.model", "LICENSE", *templates}
+    for name in carried:
+        (copy / name).write_text(name)
+    for name in ("loss.png", "optimizer.pt", "notes.txt"):
+        (copy / name).write_text(name)
+    fits = card_of_folder(exported, license="mit")
+    for number, card in enumerate((fits, card_of_folder(copy, license="mit"))):
+        (copy / "README.md").write_text(card)
+        export(copy, tmp_path / str(number), check=False)
+        files = {file.relative_to(tmp_path / str(number)).as_posix() for file in (tmp_path / str(number)).rglob("*")}
+        pictured = {"README.md", "loss.png"} if card == fits else set()
+        code = {*code_files(), "requirements.txt", "additional_chat_templates"}
+        own = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        assert files == own | carried | code | pictured
 
 
 def test_sharded_checkpoint(checkpoint, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_mesanet.conversion import convert_from_fla, convert_to_fla
-from modeling_mesanet.conversion.compare_logits import compare_logits, why_fla_cannot_run
+from modeling_mesanet.conversion.compare_logits import LogitComparison, compare_logits, why_fla_cannot_run
 
 obstacle = why_fla_cannot_run()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(obstacle is not None, reason=f"not compared with fla: {obstacle}")]
@@ -57,14 +57,9 @@ def test_logits_agree_and_the_round_trip_is_bitwise(checkpoint, tmp_path, dtype)
     there = convert_from_fla(source, tmp_path / "ours", max_shard_size="100MB")
     print(there.compared)
     assert len(there.shards) > 1
-    assert there.logits.dtype == getattr(torch, dtype)
-    assert there.logits.tolerance == {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
-    # Ours agree with fla's kernels, or with its exact reference: then what is left is fla's own error.
-    assert there.logits.ok
-    assert there.logits.difference <= 1.05 * (there.logits.ours + there.logits.fla)
-    assert there.logits.difference < 5e-2
+    assert_agreement(there.logits, dtype)
     back = convert_to_fla(tmp_path / "ours", tmp_path / "back", max_shard_size="100MB")
-    assert back.logits.ok
+    assert_agreement(back.logits, dtype)
     original, returned = read(source), read(tmp_path / "back")
     assert original.keys() == returned.keys()
     for name, tensor in original.items():
@@ -72,11 +67,24 @@ def test_logits_agree_and_the_round_trip_is_bitwise(checkpoint, tmp_path, dtype)
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), returned[name].reshape(-1).view(torch.uint8)), name
 
 
-def test_a_wrong_conversion_is_found(checkpoint, tmp_path):
-    """The comparison can fail: with the bound on forgetting that fla does not have, logits differ by far more."""
-    convert_from_fla(checkpoint / "float32", tmp_path / "ours", compare=False)
+def assert_agreement(logits: LogitComparison, dtype: str) -> None:
+    assert logits.dtype == getattr(torch, dtype)
+    assert logits.ok, logits
+    assert logits.ours_float32 < 1e-3
+    if dtype == "float32":  # fla's kernels round q, k and the solver's directions to float16 all the same
+        assert logits.ours < 1e-3
+        assert logits.difference < 1e-3 or logits.ours < 0.1 * logits.fla
+    else:  # bfloat16's rounding, which random weights amplify in fla's layers as in ours
+        assert logits.ours < 1.1 * logits.fla
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_conversion_is_found(checkpoint, tmp_path, dtype):
+    """The comparison can fail: with a bound on forgetting that fla does not have, logits differ by far more."""
+    convert_from_fla(checkpoint / dtype, tmp_path / "ours", compare=False)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "forget_gate_bound": 0.5}))
-    comparison = compare_logits(checkpoint / "float32", tmp_path / "ours")
+    comparison = compare_logits(checkpoint / dtype, tmp_path / "ours")
+    print(comparison)
     assert not comparison.ok
-    assert min(comparison.difference, comparison.ours) > 3 * comparison.tolerance
+    assert comparison.ours_float32 > 3e-3

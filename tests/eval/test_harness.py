@@ -5,16 +5,20 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from eval_inputs import save_checkpoint
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from task_inputs import write_data
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import modeling_mesanet
 from modeling_mesanet.cli import app
+from modeling_mesanet.conversion.card import card_of_folder
+from modeling_mesanet.loading import CheckpointError
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'modeling-mesanet[eval]'")
 
@@ -23,7 +27,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from modeling_mesanet.eval import harness
-from modeling_mesanet.eval.results import UsageError
 from modeling_mesanet.eval.task_data import DATA_VARIABLE
 
 GROUPS = ("reasoning_global", "reasoning_local", "recall", "recall_twice", "perplexity", "niah")
@@ -139,9 +142,29 @@ class TestResults:
             part = results["results"].get(figure["task"]) or results["groups"][figure["task"]]
             assert part[f"{figure['metric']},none"] == figure["value"]
             assert figure["limit"] == 2
-        entries = harness.card_entries(tmp_path / "out")
-        assert {entry.dataset_name for entry in entries} == {figure["task"] for figure in summary["figures"]}
-        assert {"mesanet_piqa", "mesanet_reasoning_global"} <= {entry.dataset_name for entry in entries}
+
+    def test_reach_the_model_card(self, mesanet, model, data, tmp_path):
+        evaluate(mesanet, model, data, "--output", tmp_path / "out")
+        summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        card = card_of_folder(model, license="mit", evaluations=[tmp_path / "out"])
+        entries = ModelCard(card).data.eval_results
+        found = {(entry.dataset_name, entry.metric_type): entry.metric_value for entry in entries}
+        assert found == {(figure["task"], figure["metric"]): figure["value"] for figure in summary["figures"]}
+        assert {"mesanet_piqa", "mesanet_reasoning_global"} <= {task for task, _ in found}
+        assert "on the first examples of each task only" in card
+        assert "| mesanet_piqa | 2 | 0 | acc_norm ↑ |" in card
+        assert "The data were local files." in card
+        assert str(data) not in card
+        # Not of other weights, nor of half a run.
+        weights = load_file(model / "model.safetensors")
+        changed = shutil.copytree(model, tmp_path / "changed")
+        weights["model.norm.weight"][0] += 1
+        save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="is of other weights"):
+            card_of_folder(changed, license="mit", evaluations=[tmp_path / "out"])
+        (tmp_path / "out" / "evaluation.json").write_text(json.dumps({**summary, "status": "running"}))
+        with pytest.raises(CheckpointError, match="was interrupted"):
+            card_of_folder(model, license="mit", evaluations=[tmp_path / "out"])
 
     def test_room_for_the_longest_sequence(self, model, data, mesanet, monkeypatch):
         """The model's config states 16 tokens, which for a MesaNet is no limit; the tasks ask for more."""
@@ -250,8 +273,6 @@ class TestMistakes:
         (tmp_path / "notes.txt").write_text("mine")
         evaluate(mesanet, model, data, "--output", tmp_path, fails="holds other files than an evaluation's")
         evaluate(mesanet, model, data, "--output", tmp_path / "notes.txt", fails="which is a file; give a folder")
-        with pytest.raises(UsageError, match="holds no finished evaluation"):
-            harness.card_entries(tmp_path)
 
     def test_unknown_task(self, mesanet, model, data):
         words = "--tasks names 'mesanet_helaswag', which is neither one of our tasks"
