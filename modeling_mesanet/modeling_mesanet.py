@@ -283,15 +283,35 @@ class MesaNetMixer(nn.Module):
         return self.o_proj(o.flatten(2)).reshape(shape), stats
 
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
-        """Whether one kernel does all of a token between the projections: on a GPU, unless a module was replaced."""
+        """Whether one call does all of a token between the projections, unless a module was replaced or is watched."""
         own = (
             isinstance(self.o_norm, MesaNetRMSNorm)
             and isinstance(self.q_conv, MesaNetShortConvolution)
             and isinstance(self.k_conv, MesaNetShortConvolution)
             and isinstance(self.v_conv, MesaNetShortConvolution | None)
         )
+        if own and hidden_states.device.type == "cpu":
+            own = self.is_plain(hidden_states)
         sizes = self.head_dim, self.value_head_dim, self.config.conv_kernel_size
         return own and decodes_layer(hidden_states.device, hidden_states.dtype, *sizes, self.config.kernel_backend)
+
+    def is_plain(self, hidden_states: torch.Tensor) -> bool:
+        """Whether NumPy may read what lies between the projections: plain values of one dtype, which nobody watches.
+
+        Not those that a compiler traces, that lie elsewhere (offloaded), or that autocast would convert.
+        """
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        parts = [self.o_norm, self.q_conv, self.k_conv]
+        if self.v_conv is not None:
+            parts.append(self.v_conv)
+        for part in parts:
+            weight = part.weight
+            if weight.dtype != hidden_states.dtype or weight.device != hidden_states.device:
+                return False
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return False
+        return type(hidden_states) is torch.Tensor
 
     def decode(
         self,

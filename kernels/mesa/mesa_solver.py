@@ -27,22 +27,27 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)
 
 
+# What torch's switches say where float32 products are computed as such: "none" is that nobody asked for less.
+FULL_PRECISION = ("none", "ieee")
+
+
 class IeeeProducts:
     """Switches float32 products to full precision while anyone needs them.
 
-    The switches belong to the process: the first thread to enter stores and sets them, the last to leave restores
-    them.
+    The switches belong to the process: the first thread to enter stores and sets those that stand elsewhere, the last
+    to leave restores them.
     """
 
     def __init__(self):
-        self.lock, self.users, self.before = threading.Lock(), 0, ()
+        self.lock, self.users, self.before = threading.Lock(), 0, []
         self.switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
     def enter(self) -> None:
         with self.lock:
             if self.users == 0:
-                self.before = tuple(switch.fp32_precision for switch in self.switches)
-                for switch in self.switches:
+                values = ((switch, switch.fp32_precision) for switch in self.switches)
+                self.before = [(switch, value) for switch, value in values if value not in FULL_PRECISION]
+                for switch, _ in self.before:
                     switch.fp32_precision = "ieee"
             self.users += 1
 
@@ -50,7 +55,7 @@ class IeeeProducts:
         with self.lock:
             self.users -= 1
             if self.users == 0:
-                for switch, value in zip(self.switches, self.before, strict=True):
+                for switch, value in self.before:
                     switch.fp32_precision = value
 
 
@@ -100,8 +105,9 @@ def conjugate_gradient(
     units of their own norm, so neither large nor tiny right-hand sides over- or underflow.
     """
     # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-    threshold = torch.full((), max(tolerance or 0.0, RESIDUAL_FLOOR[b.dtype]) ** 2, dtype=b.dtype, device=b.device)
-    zero, tiny = b.new_zeros(()), torch.finfo(b.dtype).tiny
+    threshold = torch.full((), squared_threshold(tolerance, b.dtype), dtype=b.dtype, device=b.device)
+    zero = b.new_zeros(())
+    tiny = torch.finfo(b.dtype).tiny
     # Two-stage norm: the largest entry first, so that squares cannot overflow. NaN passes through to the solution.
     peak = torch.linalg.vector_norm(b, torch.inf, dim=-1, keepdim=True).clamp_min_(tiny)
     r = b / peak
@@ -130,6 +136,11 @@ def conjugate_gradient(
         active = active & (rr > threshold)
     steps = torch.stack(taken).sum(0, dtype=torch.int32) if taken else torch.zeros_like(active, dtype=torch.int32)
     return x.mul_(norm).mul_(peak), steps.squeeze(-1), rr.sqrt().squeeze(-1)
+
+
+def squared_threshold(tolerance: float | None, dtype: torch.dtype) -> float:
+    """The square of the relative residual at which a row stops."""
+    return max(tolerance or 0.0, RESIDUAL_FLOOR[dtype]) ** 2
 
 
 def any_active(device: torch.device, active: torch.Tensor) -> bool:
