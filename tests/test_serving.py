@@ -42,7 +42,8 @@ def server(tmp_path_factory):
                 urlopen(f"{address}/health", timeout=5).close()
                 break
             except (URLError, ConnectionError):
-                assert process.poll() is None and time.monotonic() < end, log.read_text()
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < end, log.read_text()
                 time.sleep(0.2)
         yield address
     finally:

@@ -165,8 +165,9 @@ def convolve(x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, real: n
     """The convolution's output for the token `x` `[B, 1, channels]`, `[B, channels]`; `state` takes the token in."""
     state, weight = state.numpy(), weight.detach().numpy().reshape(weight.shape[0], -1)
     inputs = np.concatenate([state, x.numpy().reshape(x.shape[0], -1, 1)], axis=-1)
-    after = inputs[..., 1:]
-    state[...] = after if real is None else np.where(real[..., None], after, state)
+    if real is not None:  # pads stand before what is remembered, as in `PadOrder`
+        inputs = np.where(real[..., None], inputs, np.roll(inputs, 1, axis=-1))
+    state[...] = inputs[..., 1:]
     return vecdot(inputs, weight)
 
 
