@@ -13,7 +13,7 @@ for _folder, _part in ((_here.parent / "kernels", "mesa"), (_here.parent, "eval"
         __path__.append(str(_folder))
 
 from .configuration_mesanet import MesaNetConfig  # noqa: E402
-from .loading import load_checkpoint  # noqa: E402
+from .loading import int8_weights, load_checkpoint  # noqa: E402
 from .modeling_mesanet import (  # noqa: E402
     MesaNetForCausalLM,
     MesaNetForSequenceClassification,
@@ -63,6 +63,7 @@ __all__ = [
     "bundled_checkpoint",
     "continue_from",
     "fork_state",
+    "int8_weights",
     "load_checkpoint",
     "load_state",
     "merge_states",

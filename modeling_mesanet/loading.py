@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -158,6 +158,22 @@ def read_header(file: Path, *, argument: str = "path") -> dict[str, TensorHeader
             f"{argument} is '{file.parent}', whose {file.name} is truncated or not a safetensors file "
             f"({one_line(error)}); download or save the checkpoint again."
         ) from error
+
+
+def int8_weights() -> TorchAoConfig:
+    """The `quantization_config` of `from_pretrained` that keeps the weights of most linear layers in eight bits.
+
+    Embedding, head and the projections of the gates, whose rounding would add up in the state, stay as they are.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ImportError('int8 weights need torchao, which is not installed; pip install "torchao>=0.15".') from error
+    # Regular expressions, which transformers matches from the start of a parameter's name.
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[r".*\.beta_proj", r".*\.gamma_proj"])
 
 
 def load_checkpoint(

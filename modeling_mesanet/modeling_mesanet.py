@@ -299,15 +299,35 @@ class MesaNetMixer(nn.Module):
         return [part.weight for part in (*projections, self.beta_proj, self.gamma_proj)], len(projections)
 
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
-        """Whether one kernel does all of a token between the projections: on a GPU, unless a module was replaced."""
+        """Whether one call does all of a token between the projections, unless a module was replaced or is watched."""
         own = (
             isinstance(self.o_norm, MesaNetRMSNorm)
             and isinstance(self.q_conv, MesaNetShortConvolution)
             and isinstance(self.k_conv, MesaNetShortConvolution)
             and isinstance(self.v_conv, MesaNetShortConvolution | None)
         )
+        if own and hidden_states.device.type == "cpu":
+            own = self.is_plain(hidden_states)
         sizes = self.head_dim, self.value_head_dim, self.config.conv_kernel_size
         return own and decodes_layer(hidden_states.device, hidden_states.dtype, *sizes, self.config.kernel_backend)
+
+    def is_plain(self, hidden_states: torch.Tensor) -> bool:
+        """Whether NumPy may read what lies between the projections: plain values of one dtype, which nobody watches.
+
+        Not those that a compiler traces, that lie elsewhere (offloaded), or that autocast would convert.
+        """
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        parts = [self.o_norm, self.q_conv, self.k_conv]
+        if self.v_conv is not None:
+            parts.append(self.v_conv)
+        for part in parts:
+            weight = part.weight
+            if weight.dtype != hidden_states.dtype or weight.device != hidden_states.device:
+                return False
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return False
+        return type(hidden_states) is torch.Tensor
 
     def decode(
         self,
@@ -368,6 +388,9 @@ class MesaNetMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
+
+# Where the projections of one token have kernels of their own.
+FUSED_DEVICES = ("cuda",)
 
 # What the parts of a layer must be for `MesaNetDecoderLayer.decode` to know what they compute.
 LAYER_PARTS = {
@@ -476,7 +499,9 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
     def decodes_in_five_launches(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
         """Whether `decode` may stand for the modules: one token, no gradients, a GPU, and nobody else has a say."""
         mixer = self.mixer
-        if hidden_states.shape[1] != 1 or torch.is_grad_enabled() or type(mixer) is not MesaNetMixer:
+        if hidden_states.device.type not in FUSED_DEVICES or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
+            return False
+        if type(mixer) is not MesaNetMixer:
             return False
         if not mixer.decodes_in_one_launch(hidden_states):
             return False

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mesanet serve`: transformers' own server, `transformers serve`, with MesaNet registered."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,34 @@ def serve(folder: Path, options: Sequence[str] = ()) -> None:
 
     # The server looks a checkpoint's class up by its name in transformers, not through the Auto classes.
     transformers.MesaNetForCausalLM = MesaNetForCausalLM
+    refuse_chat_without_template()
     app(["serve", str(folder), *options])
+
+
+def refuse_chat_without_template() -> None:
+    """Let the server answer 400 and one sentence, not 500, to a chat with a tokenizer that has no chat template."""
+    from fastapi import HTTPException
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+
+    def refusing(handle):
+        @functools.wraps(handle)
+        async def handle_request(self, body, request_id):
+            try:
+                return await handle(self, body, request_id)
+            except ValueError as error:
+                if "chat_template is not set" not in str(error):
+                    raise
+                message = (
+                    "the tokenizer of this checkpoint has no chat template, so that it cannot tell who speaks; send "
+                    'the text itself as "prompt" to /v1/completions.'
+                )
+                raise HTTPException(status_code=400, detail=message) from error
+
+        return handle_request
+
+    for handler in (ChatCompletionHandler, ResponseHandler):
+        handler.handle_request = refusing(handler.handle_request)
 
 
 __all__ = ["ServingError", "serve"]

@@ -492,7 +492,7 @@ def test_autocast_leaves_the_gates_of_a_fused_step_in_float32(tiny_model, monkey
         seen.append((beta_logit, gamma_logit))
         return torch.zeros_like(v), None, None
 
-    monkeypatch.setattr(modeling_mesanet, "decodes_layer", lambda *arguments: True)
+    monkeypatch.setattr(modeling_mesanet.MesaNetMixer, "decodes_in_one_launch", lambda *arguments: True)
     monkeypatch.setattr(modeling_mesanet, "decode_layer", decode_layer)
     mixer, hidden = model.model.layers[0].mixer, torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
     solver = modeling_mesanet.Solver(max_steps=4, tolerance=None, output_stats=False)

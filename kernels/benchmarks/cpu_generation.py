@@ -54,12 +54,13 @@ class LoopMesaLayers:
     """While active, every Mesa layer runs the per-token loop."""
 
     def __enter__(self):
-        self.saved = modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step
+        self.saved = modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step, modeling_mesanet.decodes_layer
         modeling_mesanet.mesa_attention = attention_by_loop
+        modeling_mesanet.decodes_layer = lambda *args: False
         modeling_mesanet.mesa_step = lambda *args, **options: step_by_loop(*args[:-1], state=args[-1])
 
     def __exit__(self, *exception):
-        modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step = self.saved
+        modeling_mesanet.mesa_attention, modeling_mesanet.mesa_step, modeling_mesanet.decodes_layer = self.saved
 
 
 def english(batch: int, tokens: int) -> torch.Tensor:

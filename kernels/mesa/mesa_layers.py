@@ -11,6 +11,7 @@ Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S pac
 import torch
 import torch.nn.functional as F
 
+from .mesa_cpu_decode import cpu_decode_layer
 from .mesa_dispatch import select_backend, use_fused_linears
 from .mesa_dispatch import use_triton as mesa_runs_in_triton
 from .mesa_library import OPERATORS
@@ -58,14 +59,16 @@ def run_triton(name: str, *arguments) -> torch.Tensor | tuple[torch.Tensor, torc
 
 
 def decode_layer(
-    *arguments, output_stats: bool = False
+    q: torch.Tensor, *arguments, output_stats: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`mesa_triton_decode.triton_decode_layer`: one token, up to the output projection; its steps and residual."""
     if torch.compiler.is_compiling():
-        return OPERATORS.triton_decode_layer(*arguments)
+        return OPERATORS.triton_decode_layer(q, *arguments)
+    if q.device.type == "cpu":
+        return cpu_decode_layer(q, *arguments, output_stats=output_stats)
     from .mesa_triton_decode import triton_decode_layer
 
-    return triton_decode_layer(*arguments, output_stats=output_stats)
+    return triton_decode_layer(q, *arguments, output_stats=output_stats)
 
 
 @torch.compiler.assume_constant_result
@@ -73,6 +76,9 @@ def decodes_layer(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int, backend: str | None = None
 ) -> bool:
     """Whether `decode_layer` takes layers of these sizes, with convolutions of this width, on `device`."""
+    if device.type == "cpu":
+        # Not where Triton's interpreter was asked for.
+        return dtype in (torch.float32, torch.float64) and select_backend(device, backend)[0] == "torch"
     if device.type != "cuda" or dtype not in TRITON_DTYPES or width > WIDEST_CONVOLUTION:
         return False
     if not mesa_runs_in_triton(device, dtype, key_dim, value_dim, backend):

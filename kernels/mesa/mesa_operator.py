@@ -197,8 +197,11 @@ def mesa_step(
         q, k, v, log_gamma, beta = (tensor.squeeze(1).to(dtype).contiguous() for tensor in (q, k, v, log_gamma, beta))
         if normalize_qk:
             q, k = l2_normalize(q), l2_normalize(k)
-        step = decode_step_op if torch.compiler.is_compiling() else decode_step
-        o, steps, residual = step(q, k, v, log_gamma, beta, lam.to(dtype), h, g, max_steps, tolerance)
+        inputs = (q, k, v, log_gamma, beta, lam.to(dtype), h, g, max_steps, tolerance)
+        if torch.compiler.is_compiling():
+            o, steps, residual = decode_step_op(*inputs)
+        else:
+            o, steps, residual = decode_step(*inputs, output_stats)
     stats = SolverStats(steps.unsqueeze(1), residual.unsqueeze(1)) if output_stats else None
     return MesaOutput(o.unsqueeze(1).to(out_dtype), MesaState(h, g), stats)
 

@@ -36,22 +36,27 @@ def residual_bound(tolerance: float | None, dtype: torch.dtype) -> float:
     return max(RESIDUAL_PER_TOLERANCE * (tolerance or 0.0), RESIDUAL_FLOOR[dtype])
 
 
+# What torch's switches say where float32 products are computed as such: "none" is that nobody asked for less.
+FULL_PRECISION = ("none", "ieee")
+
+
 class IeeeProducts:
     """Switches float32 products to full precision while anyone needs them.
 
-    The switches belong to the process: the first thread to enter stores and sets them, the last to leave restores
-    them.
+    The switches belong to the process: the first thread to enter stores and sets those that stand elsewhere, the last
+    to leave restores them.
     """
 
     def __init__(self):
-        self.lock, self.users, self.before = threading.Lock(), 0, ()
+        self.lock, self.users, self.before = threading.Lock(), 0, []
         self.switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
     def enter(self) -> None:
         with self.lock:
             if self.users == 0:
-                self.before = tuple(switch.fp32_precision for switch in self.switches)
-                for switch in self.switches:
+                values = ((switch, switch.fp32_precision) for switch in self.switches)
+                self.before = [(switch, value) for switch, value in values if value not in FULL_PRECISION]
+                for switch, _ in self.before:
                     switch.fp32_precision = "ieee"
             self.users += 1
 
@@ -59,7 +64,7 @@ class IeeeProducts:
         with self.lock:
             self.users -= 1
             if self.users == 0:
-                for switch, value in zip(self.switches, self.before, strict=True):
+                for switch, value in self.before:
                     switch.fp32_precision = value
 
 

@@ -132,7 +132,8 @@ class TestPrecedence:
         assert select_backend(CPU, "auto")[0] == "torch"
         assert select_backend("cpu", "torch") == ("torch", "it was asked for")
         assert select_backend("meta") == ("torch", "no Triton kernel runs on meta")
-        assert not decodes_layer(CPU, torch.float32, 16, 16, 4, "auto")
+        assert decodes_layer(CPU, torch.float32, 16, 16, 4, "auto")
+        assert not decodes_layer(CPU, torch.bfloat16, 16, 16, 4, "auto")  # NumPy has none
 
     def test_a_cpu_refuses_triton(self):
         message = "the Triton backend was asked for, but no Triton kernel runs on cpu; use 'auto' or 'torch'"
@@ -417,6 +418,9 @@ class TestModel:
             mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
             cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
             model(tokens[:, :1], past_key_values=cache)
+            # A module that is watched is called, and with it the operators one by one.
+            with model.model.layers[0].mixer.o_norm.register_forward_hook(lambda *arguments: None):
+                model(tokens[:, :1], past_key_values=cache)
         model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 1, 3])).logits.sum().backward()
 
     @pytest.mark.parametrize("backend", ["torch", "auto"])

@@ -262,6 +262,7 @@ def fused(monkeypatch):
         # Otherwise a CPU keeps to torch.
         from modeling_mesanet.mesa.mesa_triton_decode import triton_decode_layer  # noqa: F401  (registers the operator)
 
+        monkeypatch.setattr(modeling_mesanet, "FUSED_DEVICES", ("cpu",))
         monkeypatch.setattr(modeling_mesanet, "decodes_layer", lambda *arguments: True)
         monkeypatch.setattr(mesa_layers, "use_fused_linears", lambda *arguments: True)
         # Few programs: it is their number that the interpreter takes its time for.
