@@ -7,7 +7,7 @@ Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size,
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn.modules import module as module_hooks
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
+from .decode_graph import decode_graph
 from .mesa import (
     PadOrder,
     SolverStats,
@@ -831,6 +832,16 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         past_length = 0 if cache is None else cached_length(upgrade_cache(cache, self.config))
         check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
         return inputs, name, model_kwargs
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What `generate()` calls for each token with a static cache on a GPU.
+
+        A CUDA graph of the step (`decode_graph`), which takes no compiling; with a `compile_config`, or where such a
+        graph cannot stand for the model (hooks, adapters, quantised or distributed weights, no Triton), what
+        `torch.compile` makes of it.
+        """
+        graph = decode_graph(self) if compile_config is None else None
+        return super().get_compiled_call(compile_config) if graph is None else graph
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the entrance of `generate_batch` and of the server's continuous batching.
