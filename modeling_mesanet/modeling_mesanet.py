@@ -390,7 +390,7 @@ class MesaNetMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Where the projections of one token have kernels of their own.
+# Where one token's projections have kernels of their own, and its logits a product.
 FUSED_DEVICES = ("cuda",)
 
 # What the parts of a layer must be for `MesaNetDecoderLayer.decode` to know what they compute.
@@ -772,7 +772,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.project(outputs.last_hidden_state[:, kept])
         cap = self.config.logit_soft_cap
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -787,6 +787,20 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             solver_stats=outputs.solver_stats,
         )
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, T, vocabulary]`.
+
+        On a GPU, one token of several sequences goes through the head as columns: cuBLAS has no fast product for rows
+        whose length, like that of GPT-2's vocabulary, is no multiple of 8.
+        """
+        head = self.lm_head
+        decoding = hidden_states.device.type in FUSED_DEVICES and hidden_states.shape[1] == 1 < hidden_states.shape[0]
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None
+        watched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+        if torch.is_grad_enabled() or not decoding or not plain or watched or head.out_features % 8 == 0:
+            return head(hidden_states)
+        return (head.weight @ hidden_states[:, 0].mT).mT.unsqueeze(1)
 
     def generate(self, *args, output_solver_stats: bool = False, **kwargs):
         """transformers' `generate()`, which here also takes the solver's limits and returns its statistics.

@@ -7,8 +7,8 @@
 Random bfloat16 models of the published 1B size, beside flash-linear-attention's MesaNet (`pip install
 flash-linear-attention`; without it, it is left out) and transformers' Llama of the same sizes. Sections:
 
-- steps: a step of greedy decoding, with a dynamic cache and with `cache_implementation="static"`, of which transformers
-  compiles Llama's and ours is recorded as a CUDA graph, after a short prompt and with thousands of tokens of context;
+- steps: a step of greedy decoding, with a dynamic cache and with `cache_implementation="static"`, where transformers
+  compiles Llama's, and ours is recorded as a CUDA graph; after a short prompt and with thousands of tokens of context;
 - cold: the first token of a fresh process, nothing compiled;
 - prefill: a long prompt, at once and in chunks;
 - memory: the peak while a smaller model reads up to a million tokens and writes tens of thousands, and whether its
