@@ -400,6 +400,21 @@ def test_vocabulary_can_grow(tiny_model, tmp_path):
 # ------------------------------------------------------------------------------------------------------ precision
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 1), (2, 300)])
+def test_gate_logits_of_16_bit_factors_are_not_rounded(dtype, shape):
+    projection = modeling_mesanet.MesaNetGateProjection(1536, 12, bias=False).to("cuda", dtype)
+    x = torch.randn(*shape, 1536, device="cuda", dtype=dtype)
+    logits = projection(x)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (*shape, 12)
+    expected = x.double() @ projection.weight.double().mT
+    assert (logits - expected).norm() <= 2e-6 * expected.norm()
+
+
 class TestHead:
     """One token of several sequences goes through the head as columns."""
 
