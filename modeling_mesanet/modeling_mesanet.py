@@ -7,7 +7,7 @@ Dimensions: B batch, T tokens, d hidden size, H heads, K key size, V value size,
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn.modules import module as module_hooks
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
+from .decode_graph import decode_graph
 from .mesa import (
     PadOrder,
     SolverStats,
@@ -155,7 +156,19 @@ class MesaNetGateProjection(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if multiplies_into_float32(x, self.weight):
+            return torch.mm(x.flatten(0, -2), self.weight.mT, out_dtype=torch.float32).view(*x.shape[:-1], -1)
         return F.linear(upcast(x), upcast(self.weight))
+
+
+def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `torch.mm` gives the product in float32 without copies of 16-bit factors in it: the same numbers.
+
+    CUDA alone has it, and neither gradients nor a compiler know it in all versions of torch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cuda":
+        return False
+    return x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16) and type(weight) is nn.Parameter
 
 
 class MesaNetMixer(nn.Module):
@@ -389,7 +402,7 @@ class MesaNetMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Where the projections of one token have kernels of their own.
+# Where one token's projections have kernels of their own, and its logits a product.
 FUSED_DEVICES = ("cuda",)
 
 # What the parts of a layer must be for `MesaNetDecoderLayer.decode` to know what they compute.
@@ -771,7 +784,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.project(outputs.last_hidden_state[:, kept])
         cap = self.config.logit_soft_cap
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
@@ -786,6 +799,20 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             solver_stats=outputs.solver_stats,
         )
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, T, vocabulary]`.
+
+        On a GPU, one token of several sequences goes through the head as columns: cuBLAS has no fast product for rows
+        whose length, like that of GPT-2's vocabulary, is no multiple of 8.
+        """
+        head = self.lm_head
+        decoding = hidden_states.device.type in FUSED_DEVICES and hidden_states.shape[1] == 1 < hidden_states.shape[0]
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None
+        watched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+        if torch.is_grad_enabled() or not decoding or not plain or watched or head.out_features % 8 == 0:
+            return head(hidden_states)
+        return (head.weight @ hidden_states[:, 0].mT).mT.unsqueeze(1)
 
     def generate(self, *args, output_solver_stats: bool = False, **kwargs):
         """transformers' `generate()`, which here also takes the solver's limits and returns its statistics.
@@ -831,6 +858,16 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         past_length = 0 if cache is None else cached_length(upgrade_cache(cache, self.config))
         check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
         return inputs, name, model_kwargs
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What `generate()` calls for each token with a static cache on a GPU.
+
+        A CUDA graph of the step (`decode_graph`), which takes no compiling; with a `compile_config`, or where such a
+        graph cannot stand for the model (hooks, adapters, quantised or distributed weights, no Triton), what
+        `torch.compile` makes of it.
+        """
+        graph = decode_graph(self) if compile_config is None else None
+        return super().get_compiled_call(compile_config) if graph is None else graph
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the entrance of `generate_batch` and of the server's continuous batching.

@@ -402,6 +402,53 @@ def test_vocabulary_can_grow(tiny_model, tmp_path):
 # ------------------------------------------------------------------------------------------------------ precision
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 1), (2, 300)])
+def test_gate_logits_of_16_bit_factors_are_not_rounded(dtype, shape):
+    projection = modeling_mesanet.MesaNetGateProjection(1536, 12, bias=False).to("cuda", dtype)
+    x = torch.randn(*shape, 1536, device="cuda", dtype=dtype)
+    logits = projection(x)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (*shape, 12)
+    expected = x.double() @ projection.weight.double().mT
+    assert (logits - expected).norm() <= 2e-6 * expected.norm()
+
+
+class TestHead:
+    """One token of several sequences goes through the head as columns."""
+
+    @pytest.fixture(autouse=True)
+    def on_any_device(self, monkeypatch):
+        monkeypatch.setattr(modeling_mesanet, "FUSED_DEVICES", ("cpu",))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_same_logits(self, tiny_model, monkeypatch, batch):
+        model = tiny_model(dtype=torch.float64, logit_soft_cap=5.0)
+        prompt, token = random_ids(batch, 5), random_ids(batch, 1, seed=2)
+        logits = []
+        for devices in (("cpu",), ()):
+            monkeypatch.setattr(modeling_mesanet, "FUSED_DEVICES", devices)
+            cache = model(prompt, use_cache=True).past_key_values
+            logits.append(model(token, past_key_values=cache).logits)
+        assert logits[0].shape == (batch, 1, 97)
+        torch.testing.assert_close(*logits, rtol=1e-12, atol=1e-12)
+
+    @torch.no_grad()
+    def test_a_watched_or_replaced_head_is_called(self, tiny_model):
+        model, token = tiny_model(), random_ids(3, 1)
+        seen = []
+        handle = model.lm_head.register_forward_hook(lambda *arguments: seen.append(1))
+        model(token)
+        assert len(seen) == 1
+        handle.remove()
+        model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+        assert model(token).logits.abs().max() <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gate_and_regulariser_parameters_stay_in_float32(tiny_model, tmp_path, dtype):
     original = dict(tiny_model().named_parameters())

@@ -113,7 +113,7 @@ class TestFolder:
             assert re.search(rf"^class {name}\(", (exported / f"{module}.py").read_text(), re.MULTILINE)
 
     def test_code_imports_its_siblings_and_what_every_user_has(self, exported):
-        allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
+        allowed = set(sys.stdlib_module_names) | {"numpy", "torch", "transformers", "huggingface_hub"}
         for file in exported.glob("*.py"):
             # transformers reads imports from the text: a line of a docstring, and modules in modules, count too.
             for sibling in get_relative_imports(file):

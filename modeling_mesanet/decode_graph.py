@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoding step as a CUDA graph: what `generate()` runs with a static cache on a GPU.
+
+transformers would have `torch.compile` make such a graph. The kernels of a step are written already, so there is
+nothing to compile, and replaying a graph spares the processor the guards and wrappers of a compiled step.
+"""
+
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .cache_mesanet import MesaNetCacheLayer
+from .mesa import select_backend
+
+# What a step may be called with: tensors (a recurrent state does not read positions), and what a graph is made for.
+TENSORS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+CONSTANTS = ("use_cache", "return_dict", "logits_to_keep", "cg_tolerance", "cg_max_steps")
+
+# Hooks of this module do nothing unless a call asks for hidden states, which no graph is made for.
+HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+
+class Recorded(NamedTuple):
+    """A graph, the case it was recorded for, and the tensors that it reads and writes."""
+
+    case: tuple
+    graph: torch.cuda.CUDAGraph
+    input_ids: torch.Tensor
+    mask: torch.Tensor | None
+    output: ModelOutput
+
+
+class DecodeGraph:
+    """Calls a model, by a CUDA graph where one token a sequence goes to the same batch, cache and solver as before.
+
+    The first step of a kind runs as it is, which compiles its kernels; the second is recorded, and from then on
+    replayed. Recording does not execute: states change only when the graph is replayed. Whatever else is called runs
+    as it is.
+
+    Args:
+        model: any that takes the arguments of `MesaNetForCausalLM`; not kept alive.
+        made_of: its `composition`.
+    """
+
+    def __init__(self, model: nn.Module, made_of: tuple):
+        self.model, self.made_of = weakref.ref(model), made_of
+        self.last_case: tuple | None = None
+        self.recorded: Recorded | None = None
+        self.failed = False
+
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        model = self.model()
+        case = None if self.failed else case_of(model, inputs)
+        if case is None or (case != self.last_case and (self.recorded is None or case != self.recorded.case)):
+            self.last_case = case
+            return model(**inputs)
+        if self.recorded is None or case != self.recorded.case:
+            self.recorded = None  # gives its memory back first
+            try:
+                self.recorded = record(model, case, inputs)
+            except Exception as error:  # drivers and libraries raise many kinds; the step runs without
+                self.failed = True
+                warnings.warn(
+                    f"A decoding step cannot be recorded as a CUDA graph ({type(error).__name__}: {error}); it runs "
+                    "without, more slowly.",
+                    stacklevel=2,
+                )
+                return model(**inputs)
+        recorded = self.recorded
+        recorded.input_ids.copy_(inputs["input_ids"])
+        if recorded.mask is not None:
+            recorded.mask.copy_(last_column(inputs["attention_mask"]))
+        recorded.graph.replay()
+        # A copy of the logits, since the next step writes over them.
+        logits = recorded.output.logits.clone()
+        return type(recorded.output)(logits=logits, past_key_values=inputs["past_key_values"])
+
+
+def record(model: nn.Module, case: tuple, inputs: dict) -> Recorded:
+    """Record `model(**inputs)`, without executing it, for tensors of its own in place of ids and mask."""
+    input_ids, mask = inputs["input_ids"].clone(), last_column(inputs.get("attention_mask"))
+    mask = None if mask is None else mask.clone()
+    constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on using the GPU meanwhile.
+    with torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = model(
+            input_ids=input_ids, attention_mask=mask, past_key_values=inputs["past_key_values"], **constants
+        )
+    # The cache is the caller's; the graph does not keep it alive.
+    return Recorded(case, graph, input_ids, mask, type(output)(logits=output.logits))
+
+
+def case_of(model: nn.Module, inputs: dict) -> tuple | None:
+    """All that a graph depends on besides the values of its inputs; None where none is to be made."""
+    input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    given = {name: value for name, value in inputs.items() if name not in TENSORS}
+    if any(name not in CONSTANTS and value is not None and value is not False for name, value in given.items()):
+        return None
+    if input_ids is None or input_ids.shape[1] != 1 or cache is None:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(input_ids.device.type):
+        return None
+    addresses = state_addresses(cache)
+    if addresses is None:
+        return None
+    return (
+        tuple(input_ids.shape),
+        last_column(inputs.get("attention_mask")) is not None,
+        tuple((name, given[name]) for name in CONSTANTS if name in given),
+        tuple(sorted(model.base_model.solver_limits.items())),
+        torch.is_inference_mode_enabled(),
+        addresses,
+    )
+
+
+def last_column(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | None:
+    """The mask of the new token `[B, 1]`, from what `generate()` passes; None where no token is a pad."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    return None if attention_mask is None else attention_mask[:, -1:]
+
+
+def state_addresses(cache: Cache) -> tuple | None:
+    """Where the states of a cache lie; None for one that is not in use yet, or remembers what may be taken back."""
+    addresses = []
+    for layer in cache.layers:
+        if not isinstance(layer, MesaNetCacheLayer) or not layer.is_initialized or layer.record_past:
+            return None
+        tensors = (layer.seen_tokens, *layer.conv_states.values(), *layer.recurrent_states.values())
+        addresses += [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return tuple(addresses)
+
+
+# Of each model that has decoded with one.
+GRAPHS: "weakref.WeakKeyDictionary[nn.Module, DecodeGraph]" = weakref.WeakKeyDictionary()
+
+
+def decode_graph(model: nn.Module) -> DecodeGraph | None:
+    """The model's `DecodeGraph`, a new one where the model has changed; None where there is to be none."""
+    made_of = composition(model) if runs_on_one_gpu(model) else None
+    if made_of is None:
+        GRAPHS.pop(model, None)
+        return None
+    graph = GRAPHS.get(model)
+    if graph is None or graph.made_of != made_of:
+        graph = GRAPHS[model] = DecodeGraph(model, made_of)
+    return graph
+
+
+def runs_on_one_gpu(model: nn.Module) -> bool:
+    """Whether all of the model lies on one GPU, where the Triton kernels run."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or (device := devices.pop()).type != "cuda":
+        return False
+    return select_backend(device, model.config.kernel_backend)[0] == "triton"
+
+
+def composition(model: nn.Module) -> tuple | None:
+    """What a recorded step takes for given: modules, weights and where they lie, and settings.
+
+    None where Python code is to run at every step (hooks, offloading), or something else than plain weights.
+    """
+    config = model.config
+    watched = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    if model.training or watched or config.output_hidden_states or config.output_attentions:
+        return None
+    parts: list = [repr(vars(config))]
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if "forward" in module.__dict__ or any(hook.__module__ != HARMLESS_HOOKS for hook in hooks):
+            return None
+        parts.append(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                if type(parameter) is not nn.Parameter:
+                    return None
+                parts += (id(parameter), parameter.data_ptr(), parameter.dtype)
+    return tuple(parts)
