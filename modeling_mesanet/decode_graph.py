@@ -5,6 +5,7 @@ transformers would have `torch.compile` make such a graph. The kernels of a step
 nothing to compile, and replaying a graph spares the processor the guards and wrappers of a compiled step.
 """
 
+import threading
 import warnings
 import weakref
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ CONSTANTS = ("use_cache", "return_dict", "logits_to_keep", "cg_tolerance", "cg_m
 
 # Hooks of this module do nothing unless a call asks for hidden states, which no graph is made for.
 HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+
+RECORDING = threading.Lock()
 
 
 class Recorded(NamedTuple):
@@ -88,8 +92,8 @@ def record(model: nn.Module, case: tuple, inputs: dict) -> Recorded:
     mask = None if mask is None else mask.clone()
     constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile.
-    with torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Other threads may go on using the GPU meanwhile, but one of them at a time may wait for it and begin a graph.
+    with RECORDING, torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = model(
             input_ids=input_ids, attention_mask=mask, past_key_values=inputs["past_key_values"], **constants
         )
@@ -102,6 +106,8 @@ def case_of(model: nn.Module, inputs: dict) -> tuple | None:
     input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
     given = {name: value for name, value in inputs.items() if name not in TENSORS}
     if any(name not in CONSTANTS and value is not None and value is not False for name, value in given.items()):
+        return None
+    if given.get("return_dict") is False or any(torch.is_tensor(value) for value in given.values()):
         return None
     if input_ids is None or input_ids.shape[1] != 1 or cache is None:
         return None
@@ -138,19 +144,25 @@ def state_addresses(cache: Cache) -> tuple | None:
     return tuple(addresses)
 
 
-# Of each model that has decoded with one.
-GRAPHS: "weakref.WeakKeyDictionary[nn.Module, DecodeGraph]" = weakref.WeakKeyDictionary()
+class Graphs(threading.local):
+    """The graph of each model that has decoded with one: a graph has one set of tensors, so every thread its own."""
+
+    def __init__(self):
+        self.of: weakref.WeakKeyDictionary[nn.Module, DecodeGraph] = weakref.WeakKeyDictionary()
+
+
+GRAPHS = Graphs()
 
 
 def decode_graph(model: nn.Module) -> DecodeGraph | None:
     """The model's `DecodeGraph`, a new one where the model has changed; None where there is to be none."""
     made_of = composition(model) if runs_on_one_gpu(model) else None
     if made_of is None:
-        GRAPHS.pop(model, None)
+        GRAPHS.of.pop(model, None)
         return None
-    graph = GRAPHS.get(model)
+    graph = GRAPHS.of.get(model)
     if graph is None or graph.made_of != made_of:
-        graph = GRAPHS[model] = DecodeGraph(model, made_of)
+        graph = GRAPHS.of[model] = DecodeGraph(model, made_of)
     return graph
 
 

@@ -8,6 +8,7 @@ tensors, which finds every mistake but those of the recording itself.
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def ids(model, batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 def recorded(model):
-    graph = GRAPHS.get(model)
+    graph = GRAPHS.of.get(model)
     return None if graph is None else graph.recorded
 
 
@@ -192,7 +193,13 @@ def test_what_no_graph_is_made_for(model):
     cache = StaticCache(config=model.config, max_cache_len=16)
     model(ids(model, 2, 5), past_key_values=cache)
     token = ids(model, 2, 1)
-    for options in ({"output_hidden_states": True}, {"output_solver_stats": True}, {"labels": token}):
+    for options in (
+        {"output_hidden_states": True},
+        {"output_solver_stats": True},
+        {"labels": token},
+        {"return_dict": False},
+        {"logits_to_keep": torch.zeros(1, dtype=torch.long, device=model.device)},
+    ):
         for _ in range(3):
             graph(input_ids=token, past_key_values=cache, **options)
         assert graph.recorded is None
@@ -225,6 +232,16 @@ def test_an_explicit_compile_config_is_followed(model, device, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     model.generate(ids(model, 2, 5), **GREEDY, **STATIC, compile_config=CompileConfig(backend="eager", mode=None))
     assert len(asked) == 1
+    assert recorded(model) is None
+
+
+def test_threads_do_not_share_a_graph(model):
+    prompts = [ids(model, 2, 5, seed=seed) for seed in range(4)]
+    expected = [model.generate(prompt, **GREEDY) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(3):
+            found = pool.map(lambda prompt: model.generate(prompt, **GREEDY, **STATIC), prompts)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert recorded(model) is None
 
 

@@ -213,7 +213,7 @@ class StepClock(LogitsProcessor):
 def forget_compiled(model: PreTrainedModel) -> None:
     """As if nothing had been compiled or recorded yet, and no static cache made."""
     torch._dynamo.reset()
-    GRAPHS.pop(model, None)
+    GRAPHS.of.pop(model, None)
     for name in ("_compiled_call", "_previous_max_cache_length"):
         if hasattr(model, name):
             delattr(model, name)
