@@ -11,6 +11,7 @@ What differs:
 | logit of the input strength | `b_proj`, weight and bias | `beta_proj`, `beta_bias` |
 | both computed in | the model's dtype, sigmoid in float32 | float32 |
 | bounded forgetting | none | `forget_gate_bound`, None in a converted checkpoint |
+| epsilon of the head norm | that of all norms | `head_norm_eps`, None in a converted checkpoint |
 | embedding scale, logit cap | none | 1 and None in a converted checkpoint |
 | steps for prompts | `max_cg_step_training`, fixed | `cg_max_steps`, `cg_tolerance` |
 | steps for single tokens | `max_cg_step_decoding`, fixed | the same |
@@ -251,6 +252,11 @@ def config_to_fla(config: MesaNetConfig) -> dict:
         raise ConversionError(
             f"config field value_head_dim is {config.value_head_dim} and head_dim is {config.head_dim}; fla's MesaNet "
             "has heads of one size only, so train another model for it."
+        )
+    if config.effective_head_norm_eps != config.rms_norm_eps:
+        raise ConversionError(
+            f"config field head_norm_eps is {config.head_norm_eps} and rms_norm_eps is {config.rms_norm_eps}; fla's "
+            "MesaNet has one epsilon for all norms, so train another model for it."
         )
     if config.head_dim > _LARGEST_FLA_HEAD:
         raise ConversionError(

@@ -105,6 +105,7 @@ class Recipe:
     adam_epsilon: float = 1e-8
     gradient_clip: float = 1.0
     cg_tolerance: float = 1e-4  # of the solver; at most 30 steps as published
+    head_norm_eps: float | None = None  # None: that of all norms, 1e-6
     seed: int = 0
 
     @property
@@ -122,6 +123,8 @@ class Recipe:
             raise UsageError(f"warmup_steps is {self.warmup_steps}; it must be from 0 to steps ({self.steps}).")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}; it must be greater than 0.")
+        if self.head_norm_eps is not None and not 0 < self.head_norm_eps < math.inf:
+            raise UsageError(f"head_norm_eps is {self.head_norm_eps}; it must be finite and greater than 0.")
 
 
 def build_model(recipe: Recipe, special_token: int) -> PreTrainedModel:
@@ -135,6 +138,7 @@ def build_model(recipe: Recipe, special_token: int) -> PreTrainedModel:
         intermediate_size=recipe.intermediate_size,
         max_position_embeddings=max(2048, recipe.sequence_length),
         cg_tolerance_training=recipe.cg_tolerance,
+        head_norm_eps=recipe.head_norm_eps,
         chunk_size=32,  # the fastest for heads of 64, on a CPU and on a GPU
         bos_token_id=special_token,
         eos_token_id=special_token,
@@ -609,6 +613,9 @@ def main(
     accumulate: Annotated[int, typer.Option(help="Micro-batches an optimizer step.", min=1)] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
     weight_decay: Annotated[float, typer.Option(help="On matrices and convolutions only.")] = 0.1,
+    head_norm_eps: Annotated[
+        float | None, typer.Option(help="Of the norm of each head's output; 1e-3 trains without spikes (1e-6).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole schedule.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Instead of --steps: passes over the corpus.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Default: 5 % of the steps.")] = None,
@@ -651,6 +658,7 @@ def main(
         **chosen,
         warmup_steps=max(1, round(0.05 * chosen["steps"])) if warmup_steps is None else warmup_steps,
         weight_decay=weight_decay,
+        head_norm_eps=head_norm_eps,
         seed=seed,
     )
     if dataloader_workers is None:

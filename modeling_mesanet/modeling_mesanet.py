@@ -202,7 +202,7 @@ class MesaNetMixer(nn.Module):
         self.beta_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.gamma_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.lambda_param = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
-        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.rms_norm_eps, config.kernel_backend)
+        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.effective_head_norm_eps, config.kernel_backend)
         self.o_proj = nn.Linear(value_channels, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual_stream = True
 
@@ -378,7 +378,7 @@ class MesaNetMixer(nn.Module):
             attention_mask,
             config.forget_gate_bound,
             config.lambda_lower_bound,
-            config.rms_norm_eps,
+            self.o_norm.eps,
             solver.max_steps,
             solver.tolerance,
             output_stats=solver.output_stats,

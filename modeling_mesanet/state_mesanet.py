@@ -48,6 +48,7 @@ CONFIG_FIELDS = (
     "lambda_lower_bound",
     "effective_embedding_scale",
     "rms_norm_eps",
+    "effective_head_norm_eps",
 )
 
 
@@ -162,6 +163,8 @@ def read_state_info(path: str | os.PathLike, *, argument: str = "path") -> State
         sound = False
     if not sound:
         raise StateError(f"{argument} is '{path}', whose metadata are damaged; save the state again.")
+    # Files from before the head norm had an epsilon of its own.
+    info.config.setdefault("effective_head_norm_eps", info.config.get("rms_norm_eps"))
     return info
 
 

@@ -38,6 +38,7 @@ OTHER_VALUES = {
     "embedding_scale": 3.5,
     "logit_soft_cap": None,
     "rms_norm_eps": 1e-5,
+    "head_norm_eps": 1e-3,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "use_cache": False,
@@ -131,6 +132,10 @@ def test_preset_takes_overrides_and_refuses_other_names():
         ("cg_tolerance_training", -1e-4, "between 0 and 1, or None"),
         ("rms_norm_eps", 0.0, "greater than 0"),
         ("rms_norm_eps", math.inf, "finite"),
+        ("head_norm_eps", 0.0, "finite and greater than 0, or None"),
+        ("head_norm_eps", -1e-3, "finite and greater than 0, or None"),
+        ("head_norm_eps", math.inf, "finite and greater than 0, or None"),
+        ("head_norm_eps", math.nan, "finite and greater than 0, or None"),
         ("logit_soft_cap", 0, "greater than 0, or None"),
         ("logit_soft_cap", math.inf, "finite"),
         ("embedding_scale", -1.0, "greater than 0, or None"),
@@ -156,6 +161,7 @@ def test_bad_value_is_named_with_its_remedy(field, value, remedy):
         ("conv_on_value", 1, "bool"),
         ("forget_gate_bound", "off", "float"),
         ("cg_tolerance", "1e-4", "float"),
+        ("head_norm_eps", "1e-3", "float"),
         ("hidden_act", None, "str"),
         ("kernel_backend", None, "str"),
         ("layer_types", "linear_attention", "list"),
@@ -248,6 +254,11 @@ def test_transformers_caches_read_their_slots_from_the_config(tiny_config, conv_
 def test_embedding_scale_defaults_to_the_root_of_the_width(tiny_config):
     assert tiny_config().effective_embedding_scale == pytest.approx(math.sqrt(32))
     assert tiny_config(embedding_scale=2).effective_embedding_scale == 2.0
+
+
+def test_the_head_norm_s_epsilon_defaults_to_that_of_all_norms(tiny_config):
+    assert tiny_config(rms_norm_eps=1e-5).effective_head_norm_eps == 1e-5
+    assert tiny_config(rms_norm_eps=1e-5, head_norm_eps=1e-3).effective_head_norm_eps == 1e-3
 
 
 def test_every_field_is_documented():

@@ -39,7 +39,12 @@ def device(request) -> str:
 MODELS = {
     "plain": {},
     "wide values": {"value_head_dim": 24, "conv_kernel_size": 2, "forget_gate_bound": None},
-    "all options": {"conv_on_value": True, "use_output_gate": True, "tie_word_embeddings": False},
+    "all options": {
+        "conv_on_value": True,
+        "use_output_gate": True,
+        "tie_word_embeddings": False,
+        "head_norm_eps": 1e-2,
+    },
     "no solver": {"cg_max_steps": 0, "num_hidden_layers": 1},
 }
 

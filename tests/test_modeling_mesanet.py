@@ -75,7 +75,8 @@ def straight_line_logits(config: MesaNetConfig, weights: dict[str, torch.Tensor]
         lam = config.lambda_lower_bound + torch.log(1 + torch.exp(layer["mixer.lambda_param"]))
         heads = [y.unflatten(-1, (config.num_attention_heads, -1)) for y in (q, k, v)]
         o, _ = mesa_reference(*heads, torch.log(gamma), beta, lam, solve=config.cg_max_steps > 0)
-        o = rms_norm(o, layer["mixer.o_norm.weight"], config.rms_norm_eps)
+        head_norm_eps = config.rms_norm_eps if config.head_norm_eps is None else config.head_norm_eps
+        o = rms_norm(o, layer["mixer.o_norm.weight"], head_norm_eps)
         if config.use_output_gate:
             gate = h @ layer["mixer.output_gate_proj.weight"].T
             o = o * (gate * torch.sigmoid(gate)).unflatten(-1, (config.num_attention_heads, -1))
@@ -107,6 +108,7 @@ OPTIONS = {
     "narrow convolution": {"conv_kernel_size": 2},
     "other activation": {"hidden_act": "relu"},
     "other regulariser": {"lambda_lower_bound": 0.01, "lambda_init": 0.02},
+    "head norm of its own": {"head_norm_eps": 1e-2},
     "no solver": {"cg_max_steps": 0, "cg_max_steps_training": 0},
     "everything": {
         "forget_gate_bound": None,

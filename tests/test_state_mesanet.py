@@ -154,6 +154,7 @@ def test_what_may_differ_between_saving_and_loading(make, tmp_path, tokenizer):
         ({"seed": 1}, "made by a model with other weights"),
         ({"dtype": torch.bfloat16}, "made by weights in float32 while this model's are in bfloat16"),
         ({"forget_gate_bound": None}, "whose forget_gate_bound is 0.9975 while this model's is None"),
+        ({"head_norm_eps": 1e-3}, "whose effective_head_norm_eps is 1e-06 while this model's is 0.001"),
         ({"num_hidden_layers": 3}, "whose num_hidden_layers is 2 while this model's is 3"),
         ({"head_dim": 8}, "whose head_dim is 16 while this model's is 8"),
     ],
@@ -165,6 +166,16 @@ def test_a_state_of_another_model_is_refused(make, tmp_path, other, message):
         load_state(tmp_path / "state", model=make(**other), argument="--state")
     assert str(caught.value).startswith(f"--state is '{tmp_path / 'state'}'")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_from_before_the_head_norm_had_an_epsilon(make, tmp_path):
+    model, path = make(), tmp_path / "state"
+    info = save_state(filled(model), path, model=model)
+    fields = {name: value for name, value in info.config.items() if name != "effective_head_norm_eps"}
+    rewrite(path, metadata={"config": json.dumps(fields)})
+    assert_equal(load_state(path, model=model), filled(model))
+    with pytest.raises(StateError, match=r"whose effective_head_norm_eps is 1e-06 while this model's is 0\.001"):
+        load_state(path, model=make(head_norm_eps=1e-3))
 
 
 def test_one_changed_weight_is_noticed(make, tmp_path):

@@ -399,6 +399,7 @@ def test_a_used_folder_is_not_touched_without_resume(whole_run, data, tokenizer)
         ({"sequence_length": 1}, "sequence_length is 1"),
         ({"warmup_steps": 7}, "warmup_steps is 7"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"head_norm_eps": 0.0}, "head_norm_eps is 0.0"),
         ({"batch_size": 3}, "batch_size is 3"),
     ],
 )
@@ -495,12 +496,17 @@ def test_command_lines_from_text_to_figures(data, tmp_path):
     output = tmp_path / "model"
     sizes = ["--hidden-size", 16, "--layers", 1, "--heads", 2, "--head-dim", 8, "--intermediate-size", 32]
     common = ["--cpu", "--data-dir", data, "--output-dir", output, "--vocab-size", 300, *sizes]
+    common += ["--head-norm-eps", 1e-3]
     printed = invoke(train_novels, *common, "--sequence-length", 48, "--batch-size", 2, "--epochs", 0.1)
     assert "bits per byte" in printed
     recipe = json.loads((output / "recipe.json").read_text())
     train_tokens = len(np.load(output / "tokens_train.npy"))
     assert recipe["steps"] == math.ceil(0.1 * train_tokens / 96)
     assert recipe["vocab_size"] == len(AutoTokenizer.from_pretrained(output / "tokenizer")) == 300
+    trained = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert trained.config.head_norm_eps == recipe["head_norm_eps"] == 1e-3
+    assert {layer.mixer.o_norm.eps for layer in trained.model.layers} == {1e-3}
+    assert {layer.mixer_norm.eps for layer in trained.model.layers} == {1e-6}
 
     result_file = tmp_path / "result.json"
     arguments = ["--data-dir", data, "--book", "tiny", "--lengths", "16,64", "--chunk", 32, "--device", "cpu"]

@@ -43,7 +43,8 @@ def data(tmp_path, monkeypatch) -> Path:
 
 def run(scripts, folder: Path, **options) -> dict:
     arguments = {"device": "cpu", "data_dir": None, "steps": None, "repeated_steps": None, "control": False}
-    arguments |= {"learning_rate": None, "revision": "abc", "output": folder, "smoke": True, "only": ""}
+    arguments |= {"learning_rate": None, "head_norm_eps": None, "revision": "abc", "output": folder, "smoke": True}
+    arguments |= {"only": ""}
     scripts.curves.main(**arguments | options)
     return json.loads((folder / "training_curves_cpu.json").read_text(encoding="utf-8"))
 
@@ -71,15 +72,20 @@ def test_smoke_run_trains_and_compares(scripts, data, tmp_path):
     assert [row["family"] for row in results["errors"]] == ["scream", "rank8", "repeat"]
     assert all(row["errors"]["mesa, tolerance 1e-4"] < 2e-4 for row in results["errors"])
     assert results["revision"] == "abc"
+    assert results["plan"]["head_norm_eps"] == 1e-3
     assert (tmp_path / results["figure"]).read_bytes().startswith(b"\x89PNG")
     text = scripts.tables.training_curves(results)
     assert text.startswith("| training on | steps |")
     assert "| near-constant keys | " in text
+    assert "head norm's epsilon 0.001" in text
     # An interrupted run has not all sections.
     assert scripts.tables.training_curves(results | {"repeated": None, "errors": []}).startswith("| training on |")
     # The same revision again, one section: the others stay.
     again = run(scripts, tmp_path, steps=3, repeated_steps=2, only="bfloat16")
     assert again["float32"] == results["float32"]
+    other = run(scripts, tmp_path, steps=1, only="float32", head_norm_eps=0.5)
+    assert other["plan"]["head_norm_eps"] == 0.5
+    assert other["float32"]["runs"][1]["losses"][0] != results["float32"]["runs"][1]["losses"][0]
     with pytest.raises(typer.BadParameter, match="text: take some of float32, bfloat16"):
         run(scripts, tmp_path, only="text")
 

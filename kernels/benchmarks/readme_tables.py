@@ -197,10 +197,9 @@ def training_curves(results: dict) -> str:
     lines.append(
         f"{plan['layers']} layers of {plan['hidden_size']} with {plan['heads']} heads of {plan['head_dim']}, "
         f"{plan['batch']} x {plan['length']} tokens of the novels a step, AdamW with a peak rate of "
-        f"{plan['learning_rate']:g}; at most "
+        f"{plan['learning_rate']:g}, head norm's epsilon {plan['head_norm_eps']:g}; at most "
         f"{plan['cg_max_steps_training']} solver steps to a tolerance of {plan['cg_tolerance_training']:.0e}, on both "
-        "paths. In bfloat16, runs come apart that differ in rounding alone (see the benchmark), such as torch's in "
-        f"chunks of another size.{longest} Errors: output in float32 against a dense float64 solve, "
+        f"paths.{longest} Errors: output in float32 against a dense float64 solve, "
         f"K = V = {plan['error_size']}, "
         f"{plan['error_length']:,} tokens; peer: flash-linear-attention {versions['flash-linear-attention']}. "
         f"{results['gpu']}, torch {versions['torch']}, triton {versions['triton']}; {results['date']}, revision "

@@ -9,9 +9,8 @@ Needs the corpus of `examples/train_novels.py` (`--data-dir` or MESANET_DATA: th
 
 - float32: the same model, seed and batches through `kernel_backend="triton"` and `"torch"`, and how far their losses
   differ at every step;
-- bfloat16: the same under bfloat16 autocast, as `Trainer` has it. There the losses of any two runs come apart that
-  round differently: a first token's output is its value times `k . q`, and where that is nearly 0, the norm of the
-  head makes a large gradient of what rounding left. `--control` adds torch with its sums in another order;
+- bfloat16: the same under bfloat16 autocast, as `Trainer` has it, without a goal. `--control` adds torch with its sums
+  in another order: how far rounding alone takes two runs apart;
 - repeated: text of which a third is long runs of one token, with and without the bound on the forget gate, under
   autocast; a number that is not finite ends a run. Each step's loss, gradient norm and largest solver residual are in
   the file;
@@ -19,9 +18,12 @@ Needs the corpus of `examples/train_novels.py` (`--data-dir` or MESANET_DATA: th
   flash-linear-attention's, as `gpu_operators.py` compares them.
 
 Float32 weights; AdamW with warm-up, cosine and clipped gradients. The solver takes at most 30 steps to a tolerance of
-1e-4 on either path, as in `examples/train_novels.py`. Results go to `results/training_curves_<GPU>.json` after each
-section, a figure beside them at the end; the README quotes them. A later run of the same revision, versions and GPU
-replaces only the sections that it measures.
+1e-4 on either path, as in `examples/train_novels.py`. The head norm's epsilon is 1e-3: a first token's output is its
+value times `k . q`, and where that is nearly 0, an epsilon of 1e-6 makes a large gradient of what rounding left, so
+that any two runs come apart that round differently. `--head-norm-eps 1e-6` shows it.
+
+Results go to `results/training_curves_<GPU>.json` after each section, a figure beside them at the end; the README
+quotes them. A later run of the same revision, versions and GPU replaces only the sections that it measures.
 
 No Triton runs on a CPU: with `--device cpu --smoke` the two paths are both torch, with chunks of different sizes.
 """
@@ -99,6 +101,7 @@ class Plan:
     gradient_clip: float = 1.0
     cg_max_steps_training: int = 30
     cg_tolerance_training: float = 1e-4
+    head_norm_eps: float = 1e-3  # with that of the other norms, 1e-6, runs come apart by rounding alone
     error_length: int = 2048
     error_size: int = 128
 
@@ -150,6 +153,7 @@ def build_model(plan: Plan, run: Run, tokenizer: PreTrainedTokenizerBase) -> Mes
         forget_gate_bound=run.forget_gate_bound,
         cg_max_steps_training=plan.cg_max_steps_training,
         cg_tolerance_training=plan.cg_tolerance_training,
+        head_norm_eps=plan.head_norm_eps,
         chunk_size=run.chunk_size,
         kernel_backend=run.backend,
         bos_token_id=tokenizer.bos_token_id,
@@ -398,6 +402,9 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Of each path on text (200).")] = None,
     repeated_steps: Annotated[int | None, typer.Option(min=1, help="Of each run on repeated tokens (100).")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="The peak (3e-4).")] = None,
+    head_norm_eps: Annotated[
+        float | None, typer.Option(min=1e-12, help="Epsilon of the norm of each head's output (1e-3).")
+    ] = None,
     control: Annotated[
         bool, typer.Option(help="In bfloat16, also train by torch with other chunks: what rounding alone changes.")
     ] = False,
@@ -420,7 +427,12 @@ def main(
             select_backend(place, "triton")
         folder = data_folder(data_dir)
         plan = SMOKE if smoke else Plan()
-        given = {"steps": steps, "repeated_steps": repeated_steps, "learning_rate": learning_rate}
+        given = {
+            "steps": steps,
+            "repeated_steps": repeated_steps,
+            "learning_rate": learning_rate,
+            "head_norm_eps": head_norm_eps,
+        }
         plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
         tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())
         count = (max(plan.steps, plan.repeated_steps) * plan.batch + 1) * plan.length

@@ -141,7 +141,7 @@ class TestConfig:
         assert (config.num_attention_heads, config.head_dim, config.value_head_dim) == (16, 128, 128)
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
         assert not config.tie_word_embeddings
-        assert config.rms_norm_eps == 1e-6
+        assert (config.rms_norm_eps, config.head_norm_eps) == (1e-6, None)
 
     @pytest.mark.parametrize(
         ("fields", "width"),
@@ -194,6 +194,7 @@ class TestConfig:
             ("cg_tolerance_training", 1e-4),
             ("cg_max_steps", 64),
             ("value_head_dim", 8),
+            ("head_norm_eps", 1e-3),
             ("head_dim", 256),
         ],
     )
@@ -218,6 +219,11 @@ class TestConfig:
 
     def test_a_bound_of_one_is_no_bound(self):
         assert "forget_gate_bound" not in config_to_fla(MesaNetConfig(**{**CONVERTIBLE, "forget_gate_bound": 1.0}))
+
+    def test_one_epsilon_for_all_norms_is_fla_s(self):
+        config = MesaNetConfig(**CONVERTIBLE, rms_norm_eps=1e-5, head_norm_eps=1e-5)
+        assert config_to_fla(config)["norm_eps"] == 1e-5
+        assert config_from_fla(config_to_fla(config)).effective_head_norm_eps == 1e-5
 
 
 class TestStateDict:

@@ -117,6 +117,7 @@ def calls(monkeypatch):
         {},
         {"conv_on_value": True, "use_output_gate": True, "value_head_dim": 24, "conv_kernel_size": 3},
         {"forget_gate_bound": None, "cg_max_steps": 0},
+        {"head_norm_eps": 1e-2},
     ],
 )
 def test_a_layer_is_what_its_modules_are(tiny_model, calls, dtype, padded, options):
@@ -132,6 +133,27 @@ def test_a_layer_is_what_its_modules_are(tiny_model, calls, dtype, padded, optio
         assert ours.dtype == theirs.dtype
         if ours.is_floating_point():
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_the_head_norm_s_epsilon_in_every_form(tiny_model, calls, numpy):
+    """A token after the others is what it is among them, in NumPy and by the modules; a small epsilon is another."""
+    ids = random_ids(2, 9)
+
+    def last_logits(eps):
+        model = tiny_model(head_norm_eps=eps, num_hidden_layers=1)
+        if not numpy:
+            model.model.layers[0].mixer.o_norm.register_forward_hook(lambda *arguments: None)
+        with torch.no_grad():
+            at_once = model(ids, use_cache=False).logits[:, -1]
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            return at_once, model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+
+    at_once, cached = last_logits(1e-2)
+    assert len(calls) == numpy
+    torch.testing.assert_close(cached, at_once, rtol=1e-3, atol=1e-4)
+    for small, large in zip(last_logits(None), (at_once, cached), strict=True):
+        assert relative_error(small, large) > 5e-3
 
 
 def test_keeps_out_of_the_way(tiny_model, calls):

@@ -338,7 +338,7 @@ class Layer:
             mask,
             config.forget_gate_bound,
             config.lambda_lower_bound,
-            config.rms_norm_eps,
+            mixer.o_norm.eps,
             config.cg_max_steps,
             config.cg_tolerance,
         )
@@ -362,7 +362,7 @@ class Layer:
 
 VARIANTS = {
     "plain": {},
-    "everything": {"conv_on_value": True, "use_output_gate": True, "conv_kernel_size": 3},
+    "everything": {"conv_on_value": True, "use_output_gate": True, "conv_kernel_size": 3, "head_norm_eps": 1e-2},
     "without bound": {"forget_gate_bound": None, "conv_kernel_size": 2, "head_dim": 12},
     "wide convolution": {"conv_kernel_size": 8, "conv_on_value": True, "lambda_lower_bound": 0.01},
     "without solver": {"cg_max_steps": 0, "use_output_gate": True},
