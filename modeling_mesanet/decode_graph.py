@@ -188,7 +188,7 @@ def composition(model: nn.Module) -> tuple | None:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if "forward" in module.__dict__ or any(hook.__module__ != HARMLESS_HOOKS for hook in hooks):
             return None
-        parts.append(id(module))
+        parts += (id(module), getattr(module, "eps", None))
         for parameter in module._parameters.values():
             if parameter is not None:
                 if type(parameter) is not nn.Parameter:
