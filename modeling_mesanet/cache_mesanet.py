@@ -33,6 +33,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_compileable = static
         # A tensor, because a Python number in a compiled step would be a new constant at every token.
         self.seen_tokens: torch.Tensor | None = None
+        # Whether `write` counts, or somebody else does.
+        self.is_counting = True
         # What was consumed since the last `crop`; only while recording.
         self.tape: StateTape | None = None
 
@@ -111,7 +113,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 torch._dynamo.mark_static_address(self.seen_tokens)
         if (writable := self._writable(self.seen_tokens)) is not self.seen_tokens:
             self.seen_tokens = writable
-        self.seen_tokens.add_(tokens)
+        if self.is_counting:
+            self.seen_tokens.add_(tokens)
         if not self.is_initialized:
             self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
             self.is_initialized = True

@@ -8,6 +8,8 @@ nothing to compile, and replaying a graph spares the processor the guards and wr
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -91,14 +93,30 @@ def record(model: nn.Module, case: tuple, inputs: dict) -> Recorded:
     input_ids, mask = inputs["input_ids"].clone(), last_column(inputs.get("attention_mask"))
     mask = None if mask is None else mask.clone()
     constants = {name: inputs[name] for name in CONSTANTS if name in inputs}
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile, but one of them at a time may wait for it and begin a graph.
-    with RECORDING, torch.cuda.device_of(input_ids), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=inputs["past_key_values"], **constants
-        )
+    graph, cache = torch.cuda.CUDAGraph(), inputs["past_key_values"]
+    with (
+        # Other threads may go on using the GPU meanwhile, but only one at a time may wait for it and begin a graph.
+        RECORDING,
+        torch.cuda.device_of(input_ids),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        counted_at_once(cache, input_ids.shape[1]),
+    ):
+        output = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **constants)
     # The cache is the caller's; the graph does not keep it alive.
     return Recorded(case, graph, input_ids, mask, type(output)(logits=output.logits))
+
+
+@contextmanager
+def counted_at_once(cache: Cache, tokens: int) -> Iterator[None]:
+    """Lets the layers leave the counting of `tokens`, which would be a launch each, to the end of the block."""
+    for layer in cache.layers:
+        layer.is_counting = False
+    try:
+        yield
+        torch._foreach_add_([layer.seen_tokens for layer in cache.layers], tokens)
+    finally:
+        for layer in cache.layers:
+            layer.is_counting = True
 
 
 def case_of(model: nn.Module, inputs: dict) -> tuple | None:
