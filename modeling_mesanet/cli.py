@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .loading import CheckpointError, find_checkpoint, load_checkpoint, load_tokenizer
+from .loading import CheckpointError, find_checkpoint, int8_weights, load_checkpoint, load_tokenizer
 from .mesa import BackendError
 from .state_mesanet import StateError, continue_from, load_state, save_state
 
@@ -167,6 +167,7 @@ def generate(
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
+    int8: Annotated[bool, typer.Option("--int8", help="Keep most weights in eight bits, by torchao.")] = False,
 ) -> None:
     """Continue a text, on standard output."""
     if prompt is not None and prompt_file is not None:
@@ -176,7 +177,13 @@ def generate(
         where = _check_device(device)
         folder = find_checkpoint(model, argument="--model")
         tokenizer = load_tokenizer(folder, argument="--model")
-        network = load_checkpoint(folder, dtype=dtype.value, device=where, argument="--model")
+        try:
+            quantization = int8_weights() if int8 else None
+        except ImportError as error:
+            raise typer.BadParameter(str(error), param_hint="--int8") from error
+        network = load_checkpoint(
+            folder, dtype=dtype.value, device=where, quantization_config=quantization, argument="--model"
+        )
         if seed is not None:
             set_seed(seed)
         options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

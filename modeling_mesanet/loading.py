@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_mesanet import MesaNetConfig
 from .files import fingerprint
@@ -182,6 +183,7 @@ def load_checkpoint(
     model_class: type[PreTrainedModel] = MesaNetForCausalLM,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
+    quantization_config: QuantizationConfigMixin | None = None,
     argument: str = "path",
 ) -> PreTrainedModel:
     """Load a checkpoint whole, in evaluation mode, or not at all.
@@ -191,6 +193,7 @@ def load_checkpoint(
         model_class: the class to load it into.
         dtype: of the weights (those that must stay float32 do); "auto" keeps the checkpoint's.
         device: to put the model on.
+        quantization_config: as `from_pretrained` takes it, such as `int8_weights()`.
         argument: what to call `path` in messages.
 
     Raises:
@@ -210,6 +213,7 @@ def load_checkpoint(
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            quantization_config=quantization_config,
         )
     problems = [
         f"{name} has shape {tuple(stored)} instead of {tuple(expected)}"

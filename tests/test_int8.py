@@ -7,14 +7,30 @@ import pytest
 import torch
 from small_models import random_ids
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from modeling_mesanet import bundled_checkpoint, int8_weights
+from modeling_mesanet.cli import app
 
 
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match="int8 weights need torchao"):
         int8_weights()
+
+
+def test_the_command_without_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    run = CliRunner().invoke(app, ["generate", "--int8"])
+    assert run.exit_code == 2
+    assert "int8 weights need torchao" in " ".join(run.stderr.replace("│", " ").split())
+
+
+def test_the_command():
+    pytest.importorskip("torchao", reason="int8 weights need torchao")
+    run = CliRunner().invoke(app, ["generate", "--int8", "--max-new-tokens", "3", "--temperature", "0"])
+    assert run.exit_code == 0, run.stderr
+    assert len(run.stdout) > 20
 
 
 def test_int8_weights():
