@@ -161,6 +161,11 @@ class MesaNetGateProjection(nn.Linear):
         return F.linear(upcast(x), upcast(self.weight))
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its class's `forward`: a hook, or what replaced that (offloading)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `torch.mm` gives the product in float32 without copies of 16-bit factors in it: the same numbers.
 
@@ -338,7 +343,7 @@ class MesaNetMixer(nn.Module):
             weight = part.weight
             if weight.dtype != hidden_states.dtype or weight.device != hidden_states.device:
                 return False
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            if is_watched(part):
                 return False
         return type(hidden_states) is torch.Tensor
 
@@ -809,8 +814,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         head = self.lm_head
         decoding = hidden_states.device.type in FUSED_DEVICES and hidden_states.shape[1] == 1 < hidden_states.shape[0]
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None
-        watched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
-        if torch.is_grad_enabled() or not decoding or not plain or watched or head.out_features % 8 == 0:
+        if torch.is_grad_enabled() or not decoding or not plain or is_watched(head) or head.out_features % 8 == 0:
             return head(hidden_states)
         return (head.weight @ hidden_states[:, 0].mT).mT.unsqueeze(1)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .mesa_layers import LARGEST_DECODING_BATCH
 from .mesa_library import NAMESPACE
 from .mesa_triton_layers import within
 
@@ -25,9 +26,6 @@ try:  # in a try block, so that an export of the model does not list triton as r
     import triton.language as tl
 except ImportError:
     raise
-
-# Beyond this many rows, the tiles of torch's matrix products pay.
-LARGEST_BATCH = 16
 
 # The interpreter multiplies bfloat16 matrices as if they held integers.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -511,8 +509,8 @@ def check_inputs(x: torch.Tensor, norm_weight: torch.Tensor | None, weights: lis
     """
     size = x.shape[-1]
     batch = x.numel() // size
-    if not 1 <= batch <= LARGEST_BATCH:
-        raise ValueError(f"x has {batch} rows; the kernels take 1 to {LARGEST_BATCH}.")
+    if not 1 <= batch <= LARGEST_DECODING_BATCH:
+        raise ValueError(f"x has {batch} rows; the kernels take 1 to {LARGEST_DECODING_BATCH}.")
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != size or weight.dtype != x.dtype:
             raise ValueError(
