@@ -356,7 +356,10 @@ class TestProcess:
         assert err.count(b"\n") == 1
 
     def test_interrupt(self, checkpoint):
-        with command("generate", "--model", checkpoint, "--max-new-tokens", 1_000_000) as process:
+        def listen():  # a parent that runs in the background may have left its children deaf to interrupts
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        with command("generate", "--model", checkpoint, "--max-new-tokens", 1_000_000, preexec_fn=listen) as process:
             process.stdout.read(len(DEFAULT_PROMPT))
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=120)
