@@ -6,6 +6,9 @@ conjugate gradient; it reads and writes G once. That traffic, 256 kB a head at K
 batches, and the latency of the solver's steps that of small ones. Products are float32, not tensor cores: with one
 right-hand side there is nothing for those to do.
 
+Heads of 64 and 128 go to the kernel in `mesa_gluon_decode` where it runs; the one here takes all sizes and, in the
+interpreter, any device.
+
 `triton_decode_step` is `mesa_decode.decode_step` (and normalises); `triton_decode_layer` also does what lies between
 the projections of q, k, v and the output projection: convolutions, gates, regulariser, head norm, output gate.
 
@@ -13,6 +16,7 @@ Dimensions: B batch, H heads, K key size, V value size, W width of the convoluti
 """
 
 import functools
+import warnings
 
 import torch
 
@@ -27,6 +31,10 @@ except ImportError:
 
 # Limits of the kernel: K and V, width of the convolutions.
 LARGEST_SIZE, LARGEST_WIDTH = 256, 8
+
+# K and V that `mesa_gluon_decode` takes, and why it was given up.
+GLUON_SIZES = (64, 128)
+GLUON_FAULTS: list[Exception] = []
 
 EPSILON = tl.constexpr(L2_NORM_EPS)
 
@@ -45,7 +53,7 @@ def inner(x, y, axis: tl.constexpr = 0):
     addition: it would round the other's product but not its own, and so would the other. Threads that then differ on
     whether the solve has ended wait for each other forever. The result of a fused operation is not fused again.
     """
-    return tl.sum(tl.fma(x, y, tl.zeros_like(x)), axis)
+    return tl.sum(tl.fma(x, y, 0.0), axis)
 
 
 @triton.jit
@@ -103,8 +111,11 @@ def sum_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.reshape(x, [ROWS, COLUMNS]), 0)
 
 
+# The next three get their indices as arguments, because `mesa_gluon_decode` uses them too, with layouts of its own.
+
+
 @triton.jit
-def read_window(x, state, weight, channel, pad, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+def read_window(x, state, weight, channel, pad, row, tap, D: tl.constexpr, W: tl.constexpr):
     """What `convolve` needs for one output of a head's causal convolution, as it is in memory.
 
     Args:
@@ -113,38 +124,33 @@ def read_window(x, state, weight, channel, pad, D: tl.constexpr, DP: tl.constexp
         weight: to `[channels, W]`.
         channel: the head's first channel.
         pad: 1 where the input is a pad. It then counts as older than the state, which stays as it is.
+        row, tap: indices `[DP, 1]` and `[1, WP]`, of at least D and W.
 
     Returns:
-        The state as the first (of a pad: last) W - 1 columns of `[DP, WP]`, new inputs `[DP]`, weights `[DP, WP]`.
+        The state as the first (of a pad: last) W - 1 columns of `[DP, WP]`, new inputs `[DP, 1]`, weights `[DP, WP]`.
     """
-    entry = tl.arange(0, DP)
-    row, tap = entry[:, None], tl.arange(0, WP)[None, :]
     remembered = tap - pad
     inside = (row < D) & (remembered >= 0) & (remembered < W - 1)
     old = tl.load(state + row * (W - 1) + remembered, mask=inside, other=0.0)
-    new = tl.load(x + entry, mask=entry < D, other=0.0)
+    new = tl.load(x + row, mask=row < D, other=0.0)
     return old, new, tl.load(weight + (channel + row) * W + tap, mask=(row < D) & (tap < W), other=0.0)
 
 
 @triton.jit
-def convolve(old, new, weights, state, pad, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+def convolve(old, new, weights, state, pad, row, tap, D: tl.constexpr, W: tl.constexpr):
     """SiLU of the convolution `[DP]` of what `read_window` returned; the state moves on by one input."""
-    row, tap = tl.arange(0, DP)[:, None], tl.arange(0, WP)[None, :]
     # A state in another dtype is read as the inputs are.
-    window = tl.where(tap == tl.where(pad == 1, 0, W - 1), new[:, None], old.to(new.dtype)).to(tl.float32)
+    window = tl.where(tap == tl.where(pad == 1, 0, W - 1), new, old.to(new.dtype)).to(tl.float32)
     inside = (row < D) & (tap >= 1) & (tap < W)
     tl.store(state + row * (W - 1) + (tap - 1), window.to(state.dtype.element_ty), mask=inside)
     y = inner(window, weights.to(tl.float32), 1)
     # Rounded as in prefill, so that both compute with the same keys.
-    y = (y * tl.sigmoid(y)).to(new.dtype).to(tl.float32)
-    # Only a gather keeps the layout of the window from spreading to the vectors of the solve, and so to H.
-    return tl.gather(y, tl.arange(0, DP), 0)
+    return (y * tl.sigmoid(y)).to(new.dtype).to(tl.float32)
 
 
 @triton.jit
-def read_factor(norm_weight, gate, V: tl.constexpr, VP: tl.constexpr):
-    """What the normalised output of a head is multiplied by, `[VP]`: the weight of the norm, and SiLU of the gate."""
-    column = tl.arange(0, VP)
+def read_factor(norm_weight, gate, column, V: tl.constexpr):
+    """What the normalised output of a head is multiplied by: the weight of the norm, and SiLU of the gate."""
     factor = tl.load(norm_weight + column, mask=column < V, other=0.0).to(tl.float32)
     if gate is not None:
         opening = tl.load(gate + column, mask=column < V, other=0.0).to(tl.float32)
@@ -247,15 +253,16 @@ def decode_kernel(
         gamma += tl.load(gamma_bias + head).to(tl.float32)
         q_state += program * ((W - 1) * K)
         k_state += program * ((W - 1) * K)
-        q_old, q_new, q_weights = read_window(q, q_state, q_weight, head * K, pad, K, KP, W, WP)
-        k_old, k_new, k_weights = read_window(k, k_state, k_weight, head * K, pad, K, KP, W, WP)
+        tap, key_row, value_row = tl.arange(0, WP)[None, :], row[:, None], column[:, None]
+        q_old, q_new, q_weights = read_window(q, q_state, q_weight, head * K, pad, key_row, tap, K, W)
+        k_old, k_new, k_weights = read_window(k, k_state, k_weight, head * K, pad, key_row, tap, K, W)
         if v_state is not None:
             v_state += program * ((W - 1) * V)
-            v_old, v_new, v_weights = read_window(v, v_state, v_weight, head * V, pad, V, VP, W, WP)
+            v_old, v_new, v_weights = read_window(v, v_state, v_weight, head * V, pad, value_row, tap, V, W)
         else:
             value = tl.load(v + column, mask=in_value, other=0.0)
         if EARLY:
-            factor = read_factor(norm_weight, gate, V, VP)
+            factor = read_factor(norm_weight, gate, column, V)
     else:
         query = tl.load(q + row, mask=in_key, other=0.0)
         key = tl.load(k + row, mask=in_key, other=0.0)
@@ -266,10 +273,11 @@ def decode_kernel(
     tl.debug_barrier()
 
     if LAYER:
-        query = convolve(q_old, q_new, q_weights, q_state, pad, K, KP, W, WP)
-        key = convolve(k_old, k_new, k_weights, k_state, pad, K, KP, W, WP)
+        # Only a gather keeps the layout of the windows from spreading to the vectors of the solve, and so to H.
+        query = tl.gather(convolve(q_old, q_new, q_weights, q_state, pad, key_row, tap, K, W), row, 0)
+        key = tl.gather(convolve(k_old, k_new, k_weights, k_state, pad, key_row, tap, K, W), row, 0)
         if v_state is not None:
-            value = convolve(v_old, v_new, v_weights, v_state, pad, V, VP, W, WP)
+            value = tl.gather(convolve(v_old, v_new, v_weights, v_state, pad, value_row, tap, V, W), column, 0)
         else:
             value = value.to(tl.float32)
         weight = tl.sigmoid(weight)
@@ -335,7 +343,7 @@ def decode_kernel(
         tl.store(residual + program, tl.where(max_steps == 0, 0.0, tl.sqrt(rr)))
 
     if LAYER and not EARLY:
-        factor = read_factor(norm_weight, gate, V, VP)
+        factor = read_factor(norm_weight, gate, column, V)
     weighted_key = weight * key
     output = tl.zeros([VP], dtype=tl.float32)
     for first in tl.static_range(0, KP, G_ROWS):
@@ -450,20 +458,53 @@ def launch(h: torch.Tensor, max_steps: int, tolerance: float | None, output_stat
     if output_stats:
         steps = torch.empty(batch, heads, dtype=torch.int32, device=h.device)
         residual = torch.empty(batch, heads, dtype=torch.float32, device=h.device)
+    arguments |= {
+        "h": h,
+        "steps": steps,
+        "residual": residual,
+        "heads": heads,
+        "max_steps": max_steps,
+        "threshold": residual_bound(tolerance, torch.float32) ** 2,
+        "K": key_dim,
+    }
+    programs, value_dim = batch * heads, arguments["V"]
     # Triton launches on the current device, which may be another one.
     with torch.cuda.device_of(h):
-        decode_kernel[(batch * heads,)](
-            h=h,
-            steps=steps,
-            residual=residual,
-            heads=heads,
-            max_steps=max_steps,
-            threshold=residual_bound(tolerance, torch.float32) ** 2,
-            K=key_dim,
-            **arguments,
-            **launch_options(key_dim, arguments["V"], batch * heads <= processors(h.device)),
-        )
+        if not launch_gluon(h.device, programs, key_dim, value_dim, arguments):
+            options = launch_options(key_dim, value_dim, programs <= processors(h.device))
+            decode_kernel[(programs,)](**arguments, **options)
     return steps, residual
+
+
+def launch_gluon(device: torch.device, programs: int, key_dim: int, value_dim: int, arguments: dict) -> bool:
+    """Launch the kernel written for such heads; False where there is none, or where it failed once."""
+    kernel = gluon_kernel(device, key_dim, value_dim)
+    if kernel is None or GLUON_FAULTS:
+        return False
+    try:
+        kernel[(programs,)](**arguments, num_warps=key_dim // 32)
+    # Gluon is younger than the rest of triton, and still moves; the plain kernel does the same.
+    except Exception as error:
+        GLUON_FAULTS.append(error)
+        message = f"The Gluon kernel of a token fails ({type(error).__name__}: {error}); a slower kernel takes over."
+        warnings.warn(message, stacklevel=2)
+    return not GLUON_FAULTS
+
+
+@functools.cache
+def gluon_kernel(device: torch.device, key_dim: int, value_dim: int):
+    """The kernel written for heads of such sizes, or None."""
+    if device.type != "cuda" or key_dim not in GLUON_SIZES or value_dim not in GLUON_SIZES:
+        return None
+    # G lies in shared memory, with 1 kB for the passing of vectors.
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 4 * key_dim * value_dim + 1024:
+        return None
+    try:
+        from .mesa_gluon_decode import decode_gluon_kernel
+    except Exception as error:  # as in `launch_gluon`
+        warnings.warn(f"Triton's Gluon cannot be used ({error}); a slower kernel takes over.", stacklevel=2)
+        return None
+    return decode_gluon_kernel
 
 
 def triton_decode_step(
