@@ -503,7 +503,7 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `[B, T, d]`; paired with the solver's statistics where they are wanted.
         """
-        if past_key_values is not None and self.decodes_in_five_launches(hidden_states, past_key_values):
+        if past_key_values is not None and self.decodes_fused(hidden_states, past_key_values):
             cache = past_key_values.layers[self.mixer.layer_idx]
             hidden_states, stats = self.decode(hidden_states, attention_mask, cache, solver)
             return hidden_states if stats is None else (hidden_states, stats)
@@ -514,7 +514,7 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states if stats is None else (hidden_states, stats)
 
-    def decodes_in_five_launches(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
+    def decodes_fused(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
         """Whether `decode` may stand for the modules: one token, no gradients, a GPU, and nobody else has a say."""
         mixer = self.mixer
         if hidden_states.device.type not in FUSED_DEVICES or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
@@ -555,7 +555,7 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         cache: MesaNetCacheLayer,
         solver: Solver,
     ) -> tuple[torch.Tensor, SolverStats | None]:
-        """One token in five launches; updates `cache` in place. Rounds where the modules do."""
+        """One token in five fused calls; updates `cache` in place."""
         mixer, mlp = self.mixer, self.mlp
         cache.make_writable()
         weights, rounded = mixer.input_weights()

@@ -2,7 +2,7 @@
 """Times the projections of a decoding step: the fused kernels beside torch's operators, in CUDA graphs.
 
     python kernels/benchmarks/decode_linears.py
-    python kernels/benchmarks/decode_linears.py --batches 1,16 --variants "table; ahead"
+    python kernels/benchmarks/decode_linears.py --batches 1,64 --variants "table; ahead"
 
 For each launch of a layer of the 1B preset, each batch size and each choice of blocks: microseconds, and GB/s of the
 weights. A graph goes through as many layers' weights as fill the L2 cache several times, so that none is read from
@@ -123,7 +123,7 @@ def differs(layer: Layer, launch: str, x: torch.Tensor, wide: torch.Tensor) -> b
 
 
 def main(
-    batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,4,8,16",
+    batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8,16,64",
     variants: Annotated[str, typer.Option(help=f"separated by ';', of: {'; '.join(VARIANTS)}")] = "table; overlap",
 ) -> None:
     if not torch.cuda.is_available():

@@ -133,20 +133,13 @@ SMOKE = Plan(
 class Case(NamedTuple):
     """A row of "steps".
 
-    `mesa`, `llama` or `peer`; cache `dynamic`, `static` or `static, fewer guards`; sequences; tokens before (0: a
-    prompt of the plan's length).
-
-    With fewer guards, a step that transformers compiles (ours too) no longer checks at each call that no module of the
-    model was changed.
+    `mesa`, `llama` or `peer`; cache `dynamic` or `static`; sequences; tokens before, or 0 for a short prompt.
     """
 
     operator: str
     cache: str
     batch: int
     context: int
-
-
-FEWER_GUARDS = "static, fewer guards"
 
 
 def mesa_config(sizes: str | dict, **fields) -> MesaNetConfig:
@@ -276,8 +269,7 @@ class Bench:
         cases += [Case(operator, "dynamic", *each) for operator in self.operators() for each in near]
         cases += [Case("llama", "static", *each) for each in far]
         cases += [Case("llama", "dynamic", *each) for each in far]
-        cases += [Case("mesa", "dynamic", *each) for each in far]
-        return cases + [Case(operator, FEWER_GUARDS, *each) for operator in ("mesa", "llama") for each in near]
+        return cases + [Case("mesa", "dynamic", *each) for each in far]
 
     def operators(self) -> list[str]:
         return ["mesa", *(["peer"] if self.with_peer else []), "llama"]
@@ -334,15 +326,9 @@ class Bench:
         length = case.context + 1 if case.context else self.plan.prompt
         ids = random_ids(model.config, case.batch, length, self.device)
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        options = {}
-        if case.cache == FEWER_GUARDS:
-            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         if static and not self.clock.cuda:
-            arguments["compile_config"] = CompileConfig(backend="eager", mode=None, options=options)
+            arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
             arguments["compile_config"]._compile_all_devices = True
-        elif options:
-            # Options leave no room for a mode; this one is what transformers' default mode consists of.
-            arguments["compile_config"] = CompileConfig(mode=None, options={"triton.cudagraphs": True} | options)
         if not case.context:
             return lambda: arguments | ({"cache_implementation": "static"} if static else {})
 

@@ -80,11 +80,17 @@ def record(capability: int, size: int, dtype: torch.dtype) -> list[Launch]:
         mesa_triton.triton_chunkwise_backward(
             qkv[2], None, None, x, x_rest, x_unit, *qkv, *gates, lam, None, None, None, 30, None, True
         )
-    decoder = Recorder(mesa_triton_decode.decode_kernel, launches)
-    with mock.patch.object(mesa_triton_decode, "decode_kernel", decoder):
-        token = [tensor[:, 0] for tensor in (*qkv, *gates)]
-        states = [torch.zeros(1, 2, size, size) for _ in range(2)]
-        mesa_triton_decode.triton_decode_step(*token, lam, *states, 30, None)
+    token = [tensor[:, 0] for tensor in (*qkv, *gates)]
+    states = [torch.zeros(1, 2, size, size) for _ in range(2)]
+    decoder, gluon = Recorder(mesa_triton_decode.decode_kernel, launches), None
+    if capability >= 80 and size in mesa_triton_decode.GLUON_SIZES:
+        from modeling_mesanet.mesa.mesa_gluon_decode import decode_gluon_kernel
+
+        gluon = Recorder(decode_gluon_kernel, launches)
+    for kernel in (None, gluon):
+        chosen = {"decode_kernel": decoder, "gluon_kernel": lambda *arguments, kernel=kernel: kernel}
+        with mock.patch.multiple(mesa_triton_decode, **chosen):
+            mesa_triton_decode.triton_decode_step(*token, lam, *states, 30, None)
     return list({launch.name: launch for launch in launches}.values())
 
 

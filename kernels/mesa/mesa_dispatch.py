@@ -220,7 +220,7 @@ def use_fused_linears(
     """Whether to run a layer's projections of one token in `mesa_triton_linear`.
 
     Args:
-        rows: of the batch, rounded up to a power of two.
+        rows: of the batch, rounded up to a power of two; 32 stands for all above 16.
         backend: as in `mesa_attention`.
         hidden, value_channels, intermediate, outputs: as in `mesa_layers.fuses_linears`.
 

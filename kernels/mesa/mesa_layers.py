@@ -25,8 +25,8 @@ WIDEST_CONVOLUTION = 8
 # A longer row does not fit the registers of its program.
 LONGEST_NORM = 8192
 
-# With more rows, torch's matrix products pay.
-LARGEST_DECODING_BATCH = 16
+# Rows up to which the projections of a decoding step have kernels of their own; with more, torch's products pay.
+FEW_ROWS = 16
 
 
 # A constant to whoever compiles a model: the answer for a device does not change.
@@ -97,11 +97,12 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
             input; the MLP's intermediate size.
         backend: as in `mesa_attention`.
     """
-    if x.dtype not in TRITON_DTYPES or x.shape[0] > LARGEST_DECODING_BATCH:
+    if x.dtype not in TRITON_DTYPES:
         return False
-    # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two.
+    # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two, and
+    # once for all batches of more than FEW_ROWS.
     rows = 1
-    while rows < x.shape[0]:
+    while rows < x.shape[0] and rows <= FEW_ROWS:
         rows *= 2
     hidden, outputs, value_channels, intermediate = sizes
     # Numbers one by one, because a compiler does not take a tuple for a constant.

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for the projections of a decoding step: at most 16 rows, so that reading weights is all that counts.
+"""Triton kernels for the projections of a decoding step, with what surrounds them in a layer.
 
-Three launches, each with what surrounds its projections in a layer: `launch_norm_linears` (RMSNorm, then projections
-that share it), `launch_add_linear` (projection and residual addition) and `launch_norm_gated_linears` (RMSNorm, gate
-and up projection, `silu(gate) * up`). Importing this needs triton.
+`launch_norm_linears` is RMSNorm, then projections that share it, `launch_add_linear` projection and residual addition,
+`launch_norm_gated_linears` RMSNorm, gate and up projection, `silu(gate) * up`. Importing this needs triton.
 
-Sums are float32. Every value that the torch modules round to the dtype of the activations is rounded here too, in the
-same places: the norm's output, each projection's (but for those asked for in float32), SiLU's, the product's. What
-differs from torch is the order of the sums. That order depends neither on the number of rows nor on what the others
-hold: a row gives the same bits in every batch.
+With at most FEW_ROWS rows, reading weights is all that counts, and each is one kernel. Sums are float32. Every value
+that the torch modules round to the dtype of the activations is rounded here too, in the same places: the norm's
+output, each projection's (but for those asked for in float32), SiLU's, the product's. What differs from torch is the
+order of the sums. That order depends neither on the number of rows nor on what the others hold: a row gives the same
+bits in every batch of so few.
+
+With more rows, torch's matrix products pay. Around them stand kernels of one program a row: the norm together with the
+projections of few outputs, and the gating; a residual is added before the sum is rounded.
 
 Dimensions: B rows, K input size, N output size.
 """
@@ -16,8 +19,9 @@ Dimensions: B rows, K input size, N output size.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from .mesa_layers import LARGEST_DECODING_BATCH
+from .mesa_layers import FEW_ROWS
 from .mesa_library import NAMESPACE
 from .mesa_triton_layers import within
 
@@ -477,6 +481,88 @@ def norm_gated_linears_kernel(
     tl.store(y + offset, (gate * up).to(dtype), mask=inside)
 
 
+@triton.jit
+def norm_rows_kernel(
+    x,
+    norm_weight,
+    normed,
+    weights,
+    outputs,
+    epsilon,
+    SIZES: tl.constexpr,
+    COUNT: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program normalises one row, rounds it, and multiplies it with COUNT weights of few outputs each."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    values = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(values * values, 0) / K + epsilon)
+    scale = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    rounded = (values * rstd * scale).to(normed.dtype.element_ty)
+    tl.store(normed + row * K + column, rounded, mask=inside)
+    values = rounded.to(tl.float32)[None, :]
+    for i in tl.static_range(COUNT):
+        for first in tl.static_range(0, SIZES[i], ROWS):
+            output = first + tl.arange(0, ROWS)
+            here = (output < SIZES[i])[:, None] & inside[None, :]
+            weight = tl.load(weights[i] + output[:, None] * K + column[None, :], mask=here, other=0.0)
+            result = tl.sum(weight.to(tl.float32) * values, 1)
+            tl.store(outputs[i] + row * SIZES[i] + output, result, mask=output < SIZES[i])
+
+
+@triton.jit(do_not_specialize=["count"])
+def gate_rows_kernel(gate, up, count, BLOCK: tl.constexpr):
+    """`silu(gate) * up`, in place of `gate`; `count` entries."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < count
+    dtype: tl.constexpr = gate.dtype.element_ty
+    opening = tl.load(gate + entry, mask=inside, other=0.0).to(tl.float32)
+    opening = (opening * tl.sigmoid(opening)).to(dtype).to(tl.float32)
+    values = tl.load(up + entry, mask=inside, other=0.0).to(tl.float32)
+    tl.store(gate + entry, (opening * values).to(dtype), mask=inside)
+
+
+def norm_rows(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    weights: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+) -> torch.Tensor:
+    """The normalised rows of `x`; their projections by `weights` go to `outputs`, float32."""
+    size = x.shape[-1]
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(size)
+    with torch.cuda.device_of(x):
+        norm_rows_kernel[(x.numel() // size,)](
+            x=x.contiguous(),
+            norm_weight=norm_weight.contiguous(),
+            normed=normed,
+            weights=tuple(weight.contiguous() for weight in weights),
+            outputs=tuple(outputs),
+            epsilon=epsilon,
+            SIZES=tuple(weight.shape[0] for weight in weights),
+            COUNT=len(weights),
+            K=size,
+            BLOCK=block,
+            # 128 registers a thread hold so many rows of a weight.
+            ROWS=max(1, min(16, 32768 // block)),
+            num_warps=8,
+        )
+    return normed
+
+
+def gate_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, in place of `gate`; both contiguous."""
+    with torch.cuda.device_of(gate):
+        gate_rows_kernel[(triton.cdiv(gate.numel(), 1024),)](gate=gate, up=up, count=gate.numel(), BLOCK=1024)
+    return gate
+
+
 def launch_options(kind: str, x: torch.Tensor, batch: int) -> dict:
     """Blocks and compiler options of a launch for `batch` rows of `x`."""
     blocks = TABLE[kind, x.element_size()]
@@ -505,12 +591,12 @@ def check_inputs(x: torch.Tensor, norm_weight: torch.Tensor | None, weights: lis
     """The number of rows of `x`; refuses what the kernels would read beyond.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or there are too many rows.
+        ValueError: a shape or dtype does not fit, or there are no rows.
     """
     size = x.shape[-1]
     batch = x.numel() // size
-    if not 1 <= batch <= LARGEST_DECODING_BATCH:
-        raise ValueError(f"x has {batch} rows; the kernels take 1 to {LARGEST_DECODING_BATCH}.")
+    if batch < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the kernels take at least one row.")
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != size or weight.dtype != x.dtype:
             raise ValueError(
@@ -527,18 +613,22 @@ def launch_norm_linears(
     """Several projections `[..., N_i]` of `x / sqrt(mean(x^2) + epsilon) * norm_weight`.
 
     Args:
-        x: `[..., K]`, at most 16 rows, float32, bfloat16 or float16.
+        x: `[..., K]`, float32, bfloat16 or float16.
         norm_weight: `[K]`, any of these dtypes.
         epsilon: added to the mean square, greater than 0.
         weights: `[N_i, K]` each, in the dtype of `x`.
         rounded: as many outputs, the first, take the dtype of `x`; the others are float32.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or there are too many rows.
+        ValueError: a shape or dtype does not fit, or there are no rows.
     """
     batch = check_inputs(x, norm_weight, weights)
-    options = launch_options("norm_linears", x, batch)
     sizes = tuple(weight.shape[0] for weight in weights)
+    if batch > FEW_ROWS:
+        wide = [x.new_empty((*x.shape[:-1], size), dtype=torch.float32) for size in sizes[rounded:]]
+        normed = norm_rows(x, norm_weight, epsilon, weights[rounded:], wide)
+        return [F.linear(normed, weight) for weight in weights[:rounded]] + wide
+    options = launch_options("norm_linears", x, batch)
     outputs = [
         x.new_empty((*x.shape[:-1], size), dtype=x.dtype if i < rounded else torch.float32)
         for i, size in enumerate(sizes)
@@ -564,12 +654,12 @@ def launch_add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Ten
     """`residual + x weight^T`.
 
     Args:
-        x: `[..., K]`, at most 16 rows, float32, bfloat16 or float16.
+        x: `[..., K]`, float32, bfloat16 or float16.
         weight: `[N, K]` in the dtype of `x`.
         residual: `[..., N]` in the dtype of `x`.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or there are too many rows.
+        ValueError: a shape or dtype does not fit, or there are no rows.
     """
     batch = check_inputs(x, None, [weight])
     shape = (*x.shape[:-1], weight.shape[0])
@@ -577,6 +667,9 @@ def launch_add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Ten
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be {x.dtype} of {shape}."
         )
+    if batch > FEW_ROWS:
+        rows, residual_rows = x.reshape(batch, -1), residual.reshape(batch, -1)
+        return torch.addmm(residual_rows, rows, weight.mT).view(shape)
     options = launch_options("add_linear", x, batch)
     y = x.new_empty(shape)
     with torch.cuda.device_of(x):
@@ -599,19 +692,22 @@ def launch_norm_gated_linears(
     """`silu(n gate_weight^T) * (n up_weight^T)` `[..., N]`, where n is `x / sqrt(mean(x^2) + epsilon) * norm_weight`.
 
     Args:
-        x: `[..., K]`, at most 16 rows, float32, bfloat16 or float16.
+        x: `[..., K]`, float32, bfloat16 or float16.
         norm_weight: `[K]`, any of these dtypes.
         epsilon: added to the mean square, greater than 0.
         gate_weight, up_weight: `[N, K]` in the dtype of `x`.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or there are too many rows.
+        ValueError: a shape or dtype does not fit, or there are no rows.
     """
     batch = check_inputs(x, norm_weight, [gate_weight, up_weight])
     if gate_weight.shape != up_weight.shape:
         raise ValueError(
             f"gate_weight has shape {tuple(gate_weight.shape)}, up_weight {tuple(up_weight.shape)}; they must agree."
         )
+    if batch > FEW_ROWS:
+        normed = norm_rows(x, norm_weight, epsilon, [], [])
+        return gate_rows(F.linear(normed, gate_weight), F.linear(normed, up_weight))
     options = launch_options("norm_gated_linears", x, batch)
     size = gate_weight.shape[0]
     y = x.new_empty((*x.shape[:-1], size))
