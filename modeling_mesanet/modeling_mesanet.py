@@ -511,22 +511,31 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
             self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens, solver=solver
         )
         hidden_states = hidden_states + mixed
-        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        # A compiler fuses what stands around the products itself.
+        if not torch.compiler.is_compiling() and self.is_fusible(hidden_states):
+            hidden_states = self.add_mlp(hidden_states)
+        else:
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states if stats is None else (hidden_states, stats)
 
     def decodes_fused(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
-        """Whether `decode` may stand for the modules: one token, no gradients, a GPU, and nobody else has a say."""
+        """Whether `decode` may stand for the modules: one token, and what `is_fusible` asks for."""
         mixer = self.mixer
-        if hidden_states.device.type not in FUSED_DEVICES or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
-            return False
-        if type(mixer) is not MesaNetMixer:
+        if hidden_states.shape[1] != 1 or not self.is_fusible(hidden_states):
             return False
         if not mixer.decodes_in_one_launch(hidden_states):
             return False
         cache = past_key_values.layers[mixer.layer_idx]
-        if cache.record_past or cache.recurrent_state() is None:
+        return not cache.record_past and cache.recurrent_state() is not None
+
+    def is_fusible(self, hidden_states: torch.Tensor) -> bool:
+        """Whether fused calls may stand for the projections: no gradients, a GPU, and nobody else has a say."""
+        mixer = self.mixer
+        if hidden_states.device.type not in FUSED_DEVICES or torch.is_grad_enabled():
             return False
-        if torch.is_autocast_enabled(hidden_states.device.type) or not self.is_unchanged(hidden_states):
+        if type(mixer) is not MesaNetMixer or torch.is_autocast_enabled(hidden_states.device.type):
+            return False
+        if not self.is_unchanged(hidden_states):
             return False
         weights, _ = mixer.input_weights()
         outputs = tuple(weight.shape[0] for weight in weights)
@@ -556,7 +565,7 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         solver: Solver,
     ) -> tuple[torch.Tensor, SolverStats | None]:
         """One token in five fused calls; updates `cache` in place."""
-        mixer, mlp = self.mixer, self.mlp
+        mixer = self.mixer
         cache.make_writable()
         weights, rounded = mixer.input_weights()
         norm = self.mixer_norm
@@ -564,9 +573,13 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         q, k, v, gate = values if len(values) == 4 else (*values, None)
         o, stats = mixer.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
         hidden_states = add_linear(o, mixer.o_proj.weight, hidden_states)
-        norm = self.mlp_norm
+        return self.add_mlp(hidden_states), stats
+
+    def add_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` and the MLP of its norm, in two fused calls."""
+        norm, mlp = self.mlp_norm, self.mlp
         gated = norm_gated_linears(hidden_states, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
-        return add_linear(gated, mlp.down_proj.weight, hidden_states), stats
+        return add_linear(gated, mlp.down_proj.weight, hidden_states)
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):

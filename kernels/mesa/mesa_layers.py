@@ -92,7 +92,7 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
     """Whether `norm_linears`, `add_linear` and `norm_gated_linears` take the projections of a layer.
 
     Args:
-        x: the layer's input, `[B, 1, d]`.
+        x: the layer's input, `[B, T, d]`.
         sizes: d; the projections of the normalised input, of which the last two are float32; the output projection's
             input; the MLP's intermediate size.
         backend: as in `mesa_attention`.
@@ -101,8 +101,8 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
         return False
     # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two, and
     # once for all batches of more than FEW_ROWS.
-    rows = 1
-    while rows < x.shape[0] and rows <= FEW_ROWS:
+    rows, tokens = 1, x.shape[0] * x.shape[1]
+    while rows < tokens and rows <= FEW_ROWS:
         rows *= 2
     hidden, outputs, value_channels, intermediate = sizes
     # Numbers one by one, because a compiler does not take a tuple for a constant.

@@ -10,8 +10,8 @@ output, each projection's (but for those asked for in float32), SiLU's, the prod
 order of the sums. That order depends neither on the number of rows nor on what the others hold: a row gives the same
 bits in every batch of so few.
 
-With more rows, torch's matrix products pay. Around them stand kernels of one program a row: the norm together with the
-projections of few outputs, and the gating; a residual is added before the sum is rounded.
+With more rows, torch's matrix products pay. Around them stand kernels with a program or two for a row: the norm
+together with the projections of few outputs, and the gating; a residual is added before the sum is rounded.
 
 Dimensions: B rows, K input size, N output size.
 """
@@ -495,23 +495,25 @@ def norm_rows_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A program normalises one row, rounds it, and multiplies it with COUNT weights of few outputs each."""
-    row = tl.program_id(0).to(tl.int64)
+    """Program (row, i) normalises a row, rounds it, and multiplies it with weight i of COUNT, of few outputs each."""
+    row, chosen = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < K
     values = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(values * values, 0) / K + epsilon)
     scale = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
     rounded = (values * rstd * scale).to(normed.dtype.element_ty)
-    tl.store(normed + row * K + column, rounded, mask=inside)
+    if chosen == 0:
+        tl.store(normed + row * K + column, rounded, mask=inside)
     values = rounded.to(tl.float32)[None, :]
     for i in tl.static_range(COUNT):
-        for first in tl.static_range(0, SIZES[i], ROWS):
-            output = first + tl.arange(0, ROWS)
-            here = (output < SIZES[i])[:, None] & inside[None, :]
-            weight = tl.load(weights[i] + output[:, None] * K + column[None, :], mask=here, other=0.0)
-            result = tl.sum(weight.to(tl.float32) * values, 1)
-            tl.store(outputs[i] + row * SIZES[i] + output, result, mask=output < SIZES[i])
+        if chosen == i:
+            for first in range(0, SIZES[i], ROWS):
+                output = first + tl.arange(0, ROWS)
+                here = (output < SIZES[i])[:, None] & inside[None, :]
+                weight = tl.load(weights[i] + output[:, None] * K + column[None, :], mask=here, other=0.0)
+                result = tl.sum(weight.to(tl.float32) * values, 1)
+                tl.store(outputs[i] + row * SIZES[i] + output, result, mask=output < SIZES[i])
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -538,7 +540,7 @@ def norm_rows(
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = triton.next_power_of_2(size)
     with torch.cuda.device_of(x):
-        norm_rows_kernel[(x.numel() // size,)](
+        norm_rows_kernel[(x.numel() // size, max(1, len(weights)))](
             x=x.contiguous(),
             norm_weight=norm_weight.contiguous(),
             normed=normed,

@@ -273,7 +273,8 @@ def fused(monkeypatch):
     return launches
 
 
-OF_A_LAYER = ["norm_linears", "add_linear", "norm_gated_linears", "add_linear"]
+OF_AN_MLP = ["norm_gated_linears", "add_linear"]
+OF_A_LAYER = ["norm_linears", "add_linear", *OF_AN_MLP]
 # Few steps of the solver, which the interpreter takes its time for.
 FEW = {"cg_max_steps": 3, "num_hidden_layers": 1}
 VARIANTS = {
@@ -311,7 +312,7 @@ class TestModel:
         assert fused == []
         actual, cache = decode(model, tokens)
         layers = model.config.num_hidden_layers
-        assert fused == OF_A_LAYER * layers * 2
+        assert fused == OF_AN_MLP * layers + OF_A_LAYER * layers * 2
         for ours, theirs in zip(actual, expected, strict=True):
             assert relative_error(ours.logits, theirs.logits) < 1e-5
             assert len(ours.hidden_states) == layers + 1
@@ -327,7 +328,7 @@ class TestModel:
         tokens = torch.randint(0, 97, (18, 3), generator=generator).to(DEVICE)
         expected, _ = decode(self.without(model), tokens, 1)
         actual, _ = decode(model, tokens, 1)
-        assert fused == OF_A_LAYER
+        assert fused == OF_AN_MLP + OF_A_LAYER
         assert relative_error(actual[0].logits, expected[0].logits) < 1e-5
 
     def test_pads(self, tiny_model, generator, fused):
@@ -339,7 +340,7 @@ class TestModel:
             _, cache = decode(each, tokens, 1)
             with torch.no_grad():
                 outputs.append(each(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits[::2])
-        assert fused == OF_A_LAYER * 2
+        assert fused == OF_AN_MLP + OF_A_LAYER * 2
         assert relative_error(outputs[1], outputs[0]) < 1e-5
 
     def test_not_where_something_else_is_asked(self, tiny_model, generator, fused):
@@ -352,10 +353,12 @@ class TestModel:
             model(tokens[:, :2], past_key_values=cache)
             with torch.autocast(DEVICE, torch.bfloat16):
                 model(tokens[:, :1], past_key_values=cache)
-        assert fused == []
+        assert fused == OF_AN_MLP * 2
+        model(tokens[:, :2])  # with gradients
+        assert fused == OF_AN_MLP * 2
         with torch.no_grad():
             model(tokens[:, :1], past_key_values=cache)
-        assert fused == OF_A_LAYER
+        assert fused == OF_AN_MLP * 2 + OF_A_LAYER
 
     def test_notices_what_is_changed(self, tiny_model, generator, fused):
         model = tiny_model(**FEW).to(DEVICE)
@@ -401,7 +404,7 @@ class TestModel:
         expected, _ = decode(self.without(model), tokens, 8)
         assert fused == []
         actual, _ = decode(model, tokens, 8)
-        assert fused == OF_A_LAYER * 2 * 8
+        assert fused == OF_AN_MLP * 2 + OF_A_LAYER * 2 * 8
         for ours, theirs in zip(actual, expected, strict=True):
             assert relative_error(ours.logits.float(), theirs.logits.float()) < 2e-2
             # Equal but where the two best tokens lie within rounding of each other.
