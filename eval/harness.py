@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoConfig
 
@@ -71,19 +72,13 @@ def evaluate(
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    if data_dir is not None:
-        # The way by which it also reaches the tasks of a plain `lm_eval`, and the processes of `accelerate launch`.
-        os.environ[DATA_VARIABLE] = str(Path(data_dir).expanduser().absolute())
-    names = [name for name in tasks.replace(",", " ").split() if name]
-    configs, chosen = _resolve(names)
-    chosen, configs = _without_missing(chosen, configs, skip_missing)
+    chosen = choose_tasks(tasks, data_dir=data_dir, skip_missing=skip_missing)
     name, checkpoint, limit = _describe_model(model)
     if max_length is None:
-        needed = max((config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()), default=0)
-        max_length = max(limit, needed) if checkpoint is not None else limit
+        max_length = max(limit, chosen.max_tokens) if checkpoint is not None else limit
     setup_logging()
     # lm-eval's parser reads sys.argv and nothing else.
-    argv, sys.argv = sys.argv, ["lm-eval", "run", "--tasks", ",".join(chosen), *options]
+    argv, sys.argv = sys.argv, ["lm-eval", "run", "--tasks", ",".join(chosen.names), *options]
     try:
         cli = HarnessCLI()
         arguments = cli.parse_args()
@@ -107,7 +102,7 @@ def evaluate(
         "model": name,
         "weights": None if checkpoint is None else weights_sha256(checkpoint, argument="--model"),
         "fingerprint": identity,
-        "tasks": chosen,
+        "tasks": chosen.names,
         "data": os.environ.get(DATA_VARIABLE),
         "model_args": arguments.model_args,
         "options": list(options),
@@ -123,6 +118,30 @@ def evaluate(
     cli.execute(arguments)
     if main_process:
         _finish(folder, settings)
+
+
+class ChosenTasks(NamedTuple):
+    """What to ask lm-eval for: names without patterns; `max_tokens` is the longest sequence of ours among them."""
+
+    names: list[str]
+    max_tokens: int
+
+
+def choose_tasks(tasks: str, *, data_dir: str | None, skip_missing: bool) -> ChosenTasks:
+    """Look up `tasks`, and whether the data folder has what ours need; arguments as for `evaluate`.
+
+    Sets the environment variable MESANET_DATA where `data_dir` is given.
+
+    Raises:
+        UsageError: a task is unknown or a data file is missing.
+    """
+    if data_dir is not None:
+        # The way by which it also reaches the tasks of a plain `lm_eval`, and the processes of `accelerate launch`.
+        os.environ[DATA_VARIABLE] = str(Path(data_dir).expanduser().absolute())
+    configs, names = _resolve([name for name in tasks.replace(",", " ").split() if name])
+    names, configs = _without_missing(names, configs, skip_missing)
+    needed = [config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()]
+    return ChosenTasks(names, max(needed, default=0))
 
 
 def _resolve(names: list[str]) -> tuple[dict[str, dict], list[str]]:

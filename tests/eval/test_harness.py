@@ -22,40 +22,28 @@ from modeling_mesanet.loading import CheckpointError
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'modeling-mesanet[eval]'")
 
-import lm_eval.tasks
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from modeling_mesanet.eval import harness
-from modeling_mesanet.eval.task_data import DATA_VARIABLE
 
 GROUPS = ("reasoning_global", "reasoning_local", "recall", "recall_twice", "perplexity", "niah")
 SINGLE = ("mqar", "passkey", "wikitext")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def environment(monkeypatch, quick_lm_eval, no_data_folder):
     """The command sets variables and logging for its own process, which here is every test's."""
-    for name in (DATA_VARIABLE, "LMEVAL_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
+    for name in ("LMEVAL_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    monkeypatch.delenv(DATA_VARIABLE)
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # It asks pip, the compiler and the driver for their versions: seconds, every time.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     # Resampling for the standard error of a perplexity or BLEU takes longer than these few documents.
     monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", lambda **_: None)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", task_manager)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-
-
-def task_manager(include_path=None, include_defaults=True, metadata=None) -> TaskManager:
-    """lm-eval's, of whose own tasks, in 14,000 files, it reads one folder, and only where they are asked for."""
-    path = include_path or Path(lm_eval.tasks.__path__[0]) / "arc"
-    return TaskManager(include_path=path, include_defaults=False, metadata=metadata)
 
 
 @pytest.fixture(scope="module")
