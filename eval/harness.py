@@ -62,7 +62,7 @@ def evaluate(
 
     Raises:
         UsageError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long,
-            or `output` holds something else.
+            the model cannot be told from `model` and `options`, or `output` holds something else.
         CheckpointError: the model is a MesaNet that cannot be loaded whole.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -73,9 +73,6 @@ def evaluate(
     from lm_eval.utils import setup_logging
 
     chosen = choose_tasks(tasks, data_dir=data_dir, skip_missing=skip_missing)
-    name, checkpoint, limit = _describe_model(model)
-    if max_length is None:
-        max_length = max(limit, chosen.max_tokens) if checkpoint is not None else limit
     setup_logging()
     # lm-eval's parser reads sys.argv and nothing else.
     argv, sys.argv = sys.argv, ["lm-eval", "run", "--tasks", ",".join(chosen.names), *options]
@@ -84,13 +81,27 @@ def evaluate(
         arguments = cli.parse_args()
     finally:
         sys.argv = argv
+    given = dict(arguments.model_args or {})
+    if getattr(arguments, "trust_remote_code", False):
+        given["trust_remote_code"] = True
+    if "pretrained" in given:
+        # Taken from here by lm-eval, it would be evaluated in place of the model that the results are filed under.
+        if model is not None:
+            raise UsageError(
+                f"--model is '{model}' and --model_args names pretrained={given['pretrained']}; give the model once, "
+                "by --model."
+            )
+        model = given.pop("pretrained")
+    name, checkpoint, limit = _describe_model(model, given)
+    if max_length is None:
+        max_length = max(limit, chosen.max_tokens) if checkpoint is not None else limit
     arguments.model = arguments.model or "hf"
     arguments.model_args = {
         "pretrained": name,
         "dtype": dtype,
         "max_length": max_length,
         "backend": "causal",  # lm-eval knows the transformers classes alone
-        **(arguments.model_args or {}),
+        **given,
     }
     arguments.include_path = [str(TASKS), *([arguments.include_path] if arguments.include_path else [])]
     if output is None:
@@ -100,7 +111,10 @@ def evaluate(
     identity = _fingerprint(name, checkpoint, arguments.model_args)
     settings = {
         "model": name,
-        "weights": None if checkpoint is None else weights_sha256(checkpoint, argument="--model"),
+        # An adapter makes other weights of them.
+        "weights": None
+        if checkpoint is None or given.keys() & {"peft", "delta"}
+        else weights_sha256(checkpoint, argument="--model"),
         "fingerprint": identity,
         "tasks": chosen.names,
         "data": os.environ.get(DATA_VARIABLE),
@@ -217,25 +231,35 @@ def _complete(name: str, index: dict, missing: dict) -> list[str]:
     return [part for child in children for part in _complete(child, index, missing)]
 
 
-def _describe_model(model: str | None) -> tuple[str, Path | None, int]:
+def _describe_model(model: str | None, model_args: dict) -> tuple[str, Path | None, int]:
     """What lm-eval is to load, the folder if it is a MesaNet, and the number of tokens that it states as its limit."""
     from lm_eval.models.utils import resolve_max_length
 
     folder = Path(model).expanduser() if model is not None else None
     # A folder without config.json is left to the checks below, whose sentences say what is wrong with it.
     if folder is not None and ((folder / "config.json").is_file() or not folder.exists()):
-        config = _config(model if not folder.exists() else str(folder))
+        config = _config(model if not folder.exists() else str(folder), model_args)
         if config.model_type != MesaNetConfig.model_type:
             return model, None, resolve_max_length(config)
+    for option in ("revision", "subfolder"):
+        if option in model_args:
+            raise UsageError(
+                f"--model_args names {option}={model_args[option]}, by which no MesaNet can be chosen; download that "
+                "checkpoint and give its folder by --model."
+            )
     # from_pretrained fills what a checkpoint lacks with random numbers; describe refuses such a checkpoint.
     checkpoint = find_checkpoint(model, argument="--model")
     describe(checkpoint, argument="--model")
     return str(checkpoint), checkpoint, MesaNetConfig.from_pretrained(checkpoint).max_position_embeddings
 
 
-def _config(model: str):
+def _config(model: str, model_args: dict):
+    # Never asked for on the terminal: what was not trusted in the command is not run.
+    options = {"trust_remote_code": False} | {
+        option: model_args[option] for option in ("revision", "subfolder", "trust_remote_code") if option in model_args
+    }
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **options)
     # As for a checkpoint: many kinds of errors, one meaning.
     except Exception as error:
         raise UsageError(

@@ -175,6 +175,41 @@ class TestResults:
         assert "|mesanet_lambada|" in result.stdout
         evaluate(mesanet, folder, data, tasks="mesanet_squad", fails="tokens, but max_length is 64; allow as many")
 
+    def test_the_model_named_is_the_model_evaluated(self, mesanet, model, data, tmp_path, monkeypatch):
+        """However it is named, so that no results are filed under another model's weights."""
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+        other = with_end_token(save_checkpoint(tmp_path / "gpt2", GPT2LMHeadModel(config), bos=None))
+        arguments = ("eval", "--tasks", "mesanet_lambada", "--data-dir", data, "--limit", 2)
+        mesanet(*arguments, "--model_args", f"pretrained={other}", "--output", tmp_path / "out")
+        settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
+        assert (settings["model"], settings["weights"]) == (str(other), None)
+        assert settings["model_args"]["pretrained"] == str(other)
+        words = f"--model is '{model}' and --model_args names pretrained={other}; give the model once"
+        evaluate(mesanet, model, data, "--model_args", f"pretrained={other}", fails=words)
+        words = "--model_args names revision=x, by which no MesaNet can be chosen"
+        evaluate(mesanet, model, data, "--model_args", "revision=x", fails=words)
+        # With an adapter the weights are not the checkpoint's.
+        monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda *_: None)
+        monkeypatch.setattr(harness, "_finish", lambda *_: None)
+        evaluate(mesanet, model, data, "--model_args", "peft=x", "--output", tmp_path / "peft")
+        assert json.loads((tmp_path / "peft" / "evaluation.json").read_text())["settings"]["weights"] is None
+
+    def test_models_that_bring_their_code(self, mesanet, data, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+        folder = with_end_token(save_checkpoint(tmp_path / "own", GPT2LMHeadModel(config), bos=None))
+        code = "from transformers import {0}\n\n\nclass {1}({0}):\n    "
+        text = code.format("GPT2Config", "OwnConfig") + "model_type = 'own_code'\n"
+        text += code.format("GPT2LMHeadModel", "OwnModel") + "config_class = OwnConfig\n"
+        (folder / "own_code.py").write_text(text)
+        config = json.loads((folder / "config.json").read_text())
+        classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_code", "auto_map": classes}))
+        evaluate(mesanet, folder, data, tasks="mesanet_lambada", fails="whose config could not be read")
+        result = evaluate(mesanet, folder, data, "--trust_remote_code", tasks="mesanet_lambada")
+        assert "|mesanet_lambada|" in result.stdout
+
     def test_tasks_of_lm_eval_and_patterns(self, model, data, monkeypatch, mesanet):
         found = []
         monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda _, arguments: found.append(arguments))
