@@ -10,12 +10,14 @@ Dimensions: B batch, T tokens of a window, L layers, H heads, K key size.
 
 import hashlib
 import json
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from modeling_mesanet import modeling_mesanet as modeling
 from modeling_mesanet.files import replacing, write_json
 from modeling_mesanet.mesa import MesaOutput, MesaState, SolverStats
 
+from .harness import TASKS, choose_tasks
 from .perplexity import (
     FIRST_BAND,
     LoadedModel,
@@ -52,6 +55,10 @@ from .results import (
     save_figure,
     write_csv,
 )
+from .task_data import DATA_VARIABLE
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 OWN = "checkpoint"
 
@@ -223,9 +230,23 @@ def measure(
 
 
 def evaluate_tasks(
-    loaded: LoadedModel, tasks: list[str], setting: Setting, limit: int | None, batch_size: int, journal: Path
+    loaded: LoadedModel,
+    tasks: list[str],
+    manager: "TaskManager",
+    setting: Setting,
+    *,
+    max_length: int,
+    limit: int | None,
+    batch_size: int,
+    journal: Path,
 ) -> dict[str, float]:
-    """Metrics of lm-eval tasks with one setting, by "task metric"; from the journal if finished before."""
+    """Metrics of lm-eval tasks with one setting, by "task metric"; from the journal if finished before.
+
+    Args:
+        tasks: names that `manager` knows.
+        max_length: tokens of a sequence at most.
+        limit, batch_size: examples of a task at most, and at a time.
+    """
     file = journal / f"{setting.name}-tasks.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -234,10 +255,16 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    wrapped = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        backend="causal",  # lm-eval knows the transformers classes alone
+    )
     with loaded.model.solver(cg_max_steps=setting.max_steps, cg_tolerance=setting.tolerance):
         results = simple_evaluate(
-            wrapped, tasks=tasks, limit=limit, task_manager=task_manager(), log_samples=False, bootstrap_iters=0
+            wrapped, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=0
         )
     metrics = {
         f"{task} {metric.removesuffix(',none')}": value
@@ -247,14 +274,6 @@ def evaluate_tasks(
     }
     write_json(file, metrics)
     return metrics
-
-
-def task_manager():
-    """lm-eval's tasks and, beside this file, ours."""
-    from lm_eval.tasks import TaskManager
-
-    own = Path(__file__).parent / "tasks"
-    return TaskManager(include_path=str(own) if own.is_dir() else None)
 
 
 def run(
@@ -267,6 +286,8 @@ def run(
     steps: str = "1,2,3,5,8,15,30",
     tolerances: str = "1e-1,1e-2,1e-3,1e-4,1e-5",
     tasks: str | None = None,
+    data_dir: str | None = None,
+    skip_missing: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
     chunk: int = 256,
@@ -285,7 +306,8 @@ def run(
         texts, model, max_tokens, tokens_at_once, resume: as in `perplexity.run`; the model must be a MesaNet.
         length: tokens of a window, each read with an empty state; shorter documents are left out.
         steps, tolerances: what to try, with commas; 0 steps leave the solver out.
-        tasks: lm-eval tasks to run with every setting, with commas; `limit` examples of each.
+        tasks, data_dir, skip_missing: tasks to run with every setting, as in `harness.evaluate`; None runs none.
+        limit, batch_size: examples of each task at most, and at a time.
         chunk: tokens read at a time, at the ends of which condition numbers are taken; divides `length`.
 
     Returns:
@@ -304,12 +326,12 @@ def run(
         raise UsageError(
             f"--length is {length} and --chunk {chunk}; give lengths of at least 2 of which --chunk divides --length."
         )
-    wanted = None if tasks is None else tasks.split(",")
-    if wanted is not None:
+    chosen = None
+    if tasks is not None:
         require("lm_eval", "--tasks")
-        unknown = [name for name in wanted if not task_manager().match_tasks([name])]
-        if unknown:
-            raise UsageError(f"--tasks has '{unknown[0]}', which lm-eval does not know; see `lm_eval ls tasks`.")
+        # It warns of a model that is passed to it already loaded, for every setting.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        chosen = choose_tasks(tasks, data_dir=data_dir, skip_missing=skip_missing)
     named = read_named_documents(texts)
     loaded = load_model(model, device=device, dtype=dtype, argument="--model")
     config = loaded.model.config
@@ -330,7 +352,8 @@ def run(
         "max_tokens": max_tokens,
         "steps": fixed,
         "tolerances": relative,
-        "tasks": wanted,
+        "tasks": None if chosen is None else chosen.names,
+        "data": None if chosen is None else os.environ.get(DATA_VARIABLE),
         "limit": limit,
         "dtype": dtype,
     }
@@ -338,11 +361,27 @@ def run(
 
     options = {"chunk": chunk, "tokens_at_once": tokens_at_once or default_tokens_at_once(device)}
     measured, metrics = {}, {}
+    if chosen is not None:
+        from lm_eval.tasks import TaskManager
+
+        # As in `harness.evaluate`: a MesaNet has no limit of its own.
+        max_length = max(config.max_position_embeddings, chosen.max_tokens)
+        metadata = {"tokenizer": loaded.tokenizer.name_or_path, "max_length": max_length}
+        manager = TaskManager(include_path=str(TASKS), metadata=metadata)
     for number, setting in enumerate(sweep, 1):
         label = f"{number}/{len(sweep)} {setting.name}"
         measured[setting.name] = measure(loaded.model, windows, setting, folder / "measured", label=label, **options)
-        if wanted is not None:
-            metrics[setting.name] = evaluate_tasks(loaded, wanted, setting, limit, batch_size, folder / "measured")
+        if chosen is not None:
+            metrics[setting.name] = evaluate_tasks(
+                loaded,
+                chosen.names,
+                manager,
+                setting,
+                max_length=max_length,
+                limit=limit,
+                batch_size=batch_size,
+                journal=folder / "measured",
+            )
     result = {
         "settings": settings,
         "environment": environment(device),

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoConfig
 
@@ -61,7 +62,7 @@ def evaluate(
 
     Raises:
         UsageError: lm-eval is not installed, a task is unknown, a data file is missing, a sequence is too long,
-            or `output` holds something else.
+            the model cannot be told from `model` and `options`, or `output` holds something else.
         CheckpointError: the model is a MesaNet that cannot be loaded whole.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -71,31 +72,36 @@ def evaluate(
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    if data_dir is not None:
-        # The way by which it also reaches the tasks of a plain `lm_eval`, and the processes of `accelerate launch`.
-        os.environ[DATA_VARIABLE] = str(Path(data_dir).expanduser().absolute())
-    names = [name for name in tasks.replace(",", " ").split() if name]
-    configs, chosen = _resolve(names)
-    chosen, configs = _without_missing(chosen, configs, skip_missing)
-    name, checkpoint, limit = _describe_model(model)
-    if max_length is None:
-        needed = max((config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()), default=0)
-        max_length = max(limit, needed) if checkpoint is not None else limit
+    chosen = choose_tasks(tasks, data_dir=data_dir, skip_missing=skip_missing)
     setup_logging()
     # lm-eval's parser reads sys.argv and nothing else.
-    argv, sys.argv = sys.argv, ["lm-eval", "run", "--tasks", ",".join(chosen), *options]
+    argv, sys.argv = sys.argv, ["lm-eval", "run", "--tasks", ",".join(chosen.names), *options]
     try:
         cli = HarnessCLI()
         arguments = cli.parse_args()
     finally:
         sys.argv = argv
+    given = dict(arguments.model_args or {})
+    if getattr(arguments, "trust_remote_code", False):
+        given["trust_remote_code"] = True
+    if "pretrained" in given:
+        # Taken from here by lm-eval, it would be evaluated in place of the model that the results are filed under.
+        if model is not None:
+            raise UsageError(
+                f"--model is '{model}' and --model_args names pretrained={given['pretrained']}; give the model once, "
+                "by --model."
+            )
+        model = given.pop("pretrained")
+    name, checkpoint, limit = _describe_model(model, given)
+    if max_length is None:
+        max_length = max(limit, chosen.max_tokens) if checkpoint is not None else limit
     arguments.model = arguments.model or "hf"
     arguments.model_args = {
         "pretrained": name,
         "dtype": dtype,
         "max_length": max_length,
         "backend": "causal",  # lm-eval knows the transformers classes alone
-        **(arguments.model_args or {}),
+        **given,
     }
     arguments.include_path = [str(TASKS), *([arguments.include_path] if arguments.include_path else [])]
     if output is None:
@@ -105,9 +111,12 @@ def evaluate(
     identity = _fingerprint(name, checkpoint, arguments.model_args)
     settings = {
         "model": name,
-        "weights": None if checkpoint is None else weights_sha256(checkpoint, argument="--model"),
+        # An adapter makes other weights of them.
+        "weights": None
+        if checkpoint is None or given.keys() & {"peft", "delta"}
+        else weights_sha256(checkpoint, argument="--model"),
         "fingerprint": identity,
-        "tasks": chosen,
+        "tasks": chosen.names,
         "data": os.environ.get(DATA_VARIABLE),
         "model_args": arguments.model_args,
         "options": list(options),
@@ -123,6 +132,30 @@ def evaluate(
     cli.execute(arguments)
     if main_process:
         _finish(folder, settings)
+
+
+class ChosenTasks(NamedTuple):
+    """What to ask lm-eval for: names without patterns; `max_tokens` is the longest sequence of ours among them."""
+
+    names: list[str]
+    max_tokens: int
+
+
+def choose_tasks(tasks: str, *, data_dir: str | None, skip_missing: bool) -> ChosenTasks:
+    """Look up `tasks`, and whether the data folder has what ours need; arguments as for `evaluate`.
+
+    Sets the environment variable MESANET_DATA where `data_dir` is given.
+
+    Raises:
+        UsageError: a task is unknown or a data file is missing.
+    """
+    if data_dir is not None:
+        # The way by which it also reaches the tasks of a plain `lm_eval`, and the processes of `accelerate launch`.
+        os.environ[DATA_VARIABLE] = str(Path(data_dir).expanduser().absolute())
+    configs, names = _resolve([name for name in tasks.replace(",", " ").split() if name])
+    names, configs = _without_missing(names, configs, skip_missing)
+    needed = [config["metadata"].get("max_tokens", _TOKENS) for config in configs.values()]
+    return ChosenTasks(names, max(needed, default=0))
 
 
 def _resolve(names: list[str]) -> tuple[dict[str, dict], list[str]]:
@@ -198,25 +231,35 @@ def _complete(name: str, index: dict, missing: dict) -> list[str]:
     return [part for child in children for part in _complete(child, index, missing)]
 
 
-def _describe_model(model: str | None) -> tuple[str, Path | None, int]:
+def _describe_model(model: str | None, model_args: dict) -> tuple[str, Path | None, int]:
     """What lm-eval is to load, the folder if it is a MesaNet, and the number of tokens that it states as its limit."""
     from lm_eval.models.utils import resolve_max_length
 
     folder = Path(model).expanduser() if model is not None else None
     # A folder without config.json is left to the checks below, whose sentences say what is wrong with it.
     if folder is not None and ((folder / "config.json").is_file() or not folder.exists()):
-        config = _config(model if not folder.exists() else str(folder))
+        config = _config(model if not folder.exists() else str(folder), model_args)
         if config.model_type != MesaNetConfig.model_type:
             return model, None, resolve_max_length(config)
+    for option in ("revision", "subfolder"):
+        if option in model_args:
+            raise UsageError(
+                f"--model_args names {option}={model_args[option]}, by which no MesaNet can be chosen; download that "
+                "checkpoint and give its folder by --model."
+            )
     # from_pretrained fills what a checkpoint lacks with random numbers; describe refuses such a checkpoint.
     checkpoint = find_checkpoint(model, argument="--model")
     describe(checkpoint, argument="--model")
     return str(checkpoint), checkpoint, MesaNetConfig.from_pretrained(checkpoint).max_position_embeddings
 
 
-def _config(model: str):
+def _config(model: str, model_args: dict):
+    # Never asked for on the terminal: what was not trusted in the command is not run.
+    options = {"trust_remote_code": False} | {
+        option: model_args[option] for option in ("revision", "subfolder", "trust_remote_code") if option in model_args
+    }
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **options)
     # As for a checkpoint: many kinds of errors, one meaning.
     except Exception as error:
         raise UsageError(

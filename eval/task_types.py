@@ -38,8 +38,8 @@ SCORE = "score"
 
 
 @cache
-def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
+def _load_tokenizer(name: str, **options: str | bool) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 class MesaNetTask(ConfigurableTask):
@@ -103,7 +103,8 @@ class MesaNetTask(ConfigurableTask):
                 f"{self.config.task} counts tokens and knows no tokenizer; name one with --model_args tokenizer=..., "
                 "or pass metadata={'tokenizer': ...} to simple_evaluate."
             )
-        return _load_tokenizer(name, metadata.get("revision"))
+        options = ("revision", "subfolder", "trust_remote_code")
+        return _load_tokenizer(name, **{option: metadata[option] for option in options if metadata.get(option)})
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, special ones included."""

@@ -57,6 +57,15 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda, cuda:1 or mps.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto is the checkpoint's.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data-dir", help="Folder with local data.", show_default="MESANET_DATA, or else data sets from the Hub"
+    ),
+]
+SkipMissingOption = Annotated[
+    bool, typer.Option("--skip-missing", help="Leave out tasks that the data folder has no file for.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TextsArgument = Annotated[
     list[Path], typer.Argument(help="Documents: .txt, or .jsonl or .jsonl.gz with a field 'text' a line.")
@@ -614,10 +623,7 @@ def evaluate(
         str, typer.Option("--tasks", "-t", help="Tasks or groups, ours or lm-eval's, with commas between them.")
     ],
     model: ModelOption = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(help="Folder with local data.", show_default="MESANET_DATA, or else data sets from the Hub"),
-    ] = None,
+    data_dir: DataOption = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder for results and samples; goes on after interruption.")
     ] = None,
@@ -626,9 +632,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens of a sequence at most.", show_default="what the tasks need")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder with results.")] = False,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out tasks that the data folder has no file for.")
-    ] = False,
+    skip_missing: SkipMissingOption = False,
 ) -> None:
     """Evaluate a model with lm-eval; options not listed here are lm-eval's, such as --limit and --batch_size."""
     from .eval.harness import evaluate
@@ -705,7 +709,11 @@ def compute_sweep(
         str, typer.Option(help="Fixed numbers of steps, with commas; 0 is no solver.")
     ] = "1,2,3,5,8,15,30",
     tolerances: Annotated[str, typer.Option(help="Tolerances, with commas.")] = "1e-1,1e-2,1e-3,1e-4,1e-5",
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks to run with every setting, with commas.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks to run with every setting, as for `mesanet eval`, with commas.")
+    ] = None,
+    data_dir: DataOption = None,
+    skip_missing: SkipMissingOption = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a task at a time.")] = 8,
     chunk: Annotated[
@@ -733,6 +741,8 @@ def compute_sweep(
                 steps=steps,
                 tolerances=tolerances,
                 tasks=tasks,
+                data_dir=data_dir,
+                skip_missing=skip_missing,
                 limit=limit,
                 batch_size=batch_size,
                 chunk=chunk,

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from modeling_mesanet.cli import app
+from modeling_mesanet.eval.task_data import DATA_VARIABLE
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,28 @@ def texts(tmp_path) -> Path:
     rows = [{"id": name, "text": SENTENCE * count} for name, count in (("long", 4), ("short", 1), ("middle", 2))]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture
+def no_data_folder(monkeypatch):
+    """MESANET_DATA is not set, and what a command sets it to does not outlive the test."""
+    monkeypatch.setenv(DATA_VARIABLE, "")
+    monkeypatch.delenv(DATA_VARIABLE)
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch):
+    """lm-eval without what takes it seconds every time."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install 'modeling-mesanet[eval]'")
+    # Of its own tasks, in 14,000 files, one folder, and only where no other is asked for.
+    manager, some = tasks.TaskManager, Path(tasks.__path__[0]) / "arc"
+
+    def task_manager(include_path=None, include_defaults=True, metadata=None):
+        return manager(include_path=include_path or some, include_defaults=False, metadata=metadata)
+
+    monkeypatch.setattr(tasks, "TaskManager", task_manager)
+    # It asks pip, the compiler and the driver for their versions.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 pytest.importorskip("matplotlib", reason="the eval extra is not installed")
 
-from eval_inputs import SENTENCE, save_checkpoint
+from eval_inputs import save_checkpoint
+from task_inputs import write_data
 
 from modeling_mesanet import modeling_mesanet as modeling
 from modeling_mesanet.eval import compute_sweep
@@ -224,28 +225,39 @@ def test_a_model_without_a_solver(mesanet, texts, tmp_path):
     mesanet("compute-sweep", texts, "-m", llama, "-o", tmp_path / "out", fails="a 'llama', which has no solver")
 
 
-def test_tasks_are_run_with_every_setting(mesanet, solver_checkpoint, model, texts, tmp_path, monkeypatch):
-    tasks = pytest.importorskip("lm_eval.tasks", reason="the eval extra is not installed")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": SENTENCE[: 20 * n]}) + "\n" for n in (1, 2, 3)))
-    (folder / "tiny.yaml").write_text(
-        "task: tiny_text\ndataset_path: json\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\n"
-        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-        "metric_list:\n  - metric: bits_per_byte\nmetadata:\n  version: 1\n"
-    )
-    manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(compute_sweep, "task_manager", lambda: manager)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    arguments = ("compute-sweep", texts, "-m", solver_checkpoint, "-o", tmp_path / "out", *OPTIONS)
-    mesanet(*arguments, "--tasks", "tiny_text,absent", fails="--tasks has 'absent'")
-    mesanet(*arguments, "--tasks", "tiny_text", "--limit", 2)
-    tokenizer = AutoTokenizer.from_pretrained(solver_checkpoint)
-    for entry in read(tmp_path / "out")["sweep"]:
-        nats = size = 0
-        with model.solver(cg_max_steps=entry["max_steps"], cg_tolerance=entry["tolerance"]):
-            for text in (SENTENCE[:20], SENTENCE[:40]):
-                ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
-                nats, size = nats + losses(model, ids).sum(), size + len(text)
-        assert entry["tasks"]["tiny_text bits_per_byte"] == pytest.approx(nats / size / np.log(2), rel=1e-4)
+@pytest.mark.usefixtures("quick_lm_eval", "no_data_folder")
+class TestTasks:
+    def test_are_run_with_every_setting(self, mesanet, solver_checkpoint, model, texts, tmp_path):
+        """Of ours, one that counts tokens and is longer than the config's length, and a group; on local data."""
+        data = write_data(tmp_path / "data")
+        tasks = "mesanet_books_2k,mesanet_reasoning_global"
+        arguments = ("compute-sweep", texts, "-m", solver_checkpoint, "-o", tmp_path / "out", *OPTIONS, "--limit", 2)
+        result = mesanet(*arguments, "--tasks", tasks, "--data-dir", data)
+        tokenizer = AutoTokenizer.from_pretrained(solver_checkpoint)
+        books = [file.read_text() for file in sorted((data / "perplexity/books").glob("*.txt"))]
+        sweep = read(tmp_path / "out")["sweep"]
+        for entry in sweep:
+            nats = size = 0
+            with model.solver(cg_max_steps=entry["max_steps"], cg_tolerance=entry["tolerance"]):
+                for text in books:
+                    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+                    nats, size = nats + losses(model, ids).sum(), size + len(text)
+            found = entry["tasks"]
+            assert found["mesanet_books_2k bits_per_byte"] == pytest.approx(nats / size / np.log(2), rel=1e-4)
+            scores = [found[f"mesanet_{name} score"] for name in ("lambada", "hellaswag", "race_m", "race_h")]
+            assert found["mesanet_reasoning_global score"] == pytest.approx(sum(scores) / 4)
+        assert len({entry["tasks"]["mesanet_books_2k bits_per_byte"] for entry in sweep}) == len(sweep)
+        assert "mesanet_reasoning_global score" in result.stdout
+
+    def test_mistakes_are_told_before_anything_is_measured(self, mesanet, solver_checkpoint, texts, tmp_path):
+        data = write_data(tmp_path / "data")
+        (data / "global_reasoning/race_high.jsonl").unlink()
+        arguments = ("compute-sweep", texts, "-m", solver_checkpoint, "-o", tmp_path / "out", *OPTIONS)
+        mesanet(*arguments, "--tasks", "arc_easy,absent", fails="--tasks names 'absent'")
+        arguments += ("--tasks", "mesanet_reasoning_global", "--data-dir", data)
+        mesanet(*arguments, fails="holds no global_reasoning/race_high.jsonl")
+        assert not (tmp_path / "out").exists()
+        mesanet(*arguments, "--skip-missing", "--limit", 1, "--no-plot")
+        found = read(tmp_path / "out")["sweep"][0]["tasks"]
+        assert "mesanet_race_m score" in found
+        assert not any(name.startswith(("mesanet_race_h", "mesanet_reasoning")) for name in found)

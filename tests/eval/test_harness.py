@@ -22,40 +22,28 @@ from modeling_mesanet.loading import CheckpointError
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'modeling-mesanet[eval]'")
 
-import lm_eval.tasks
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from modeling_mesanet.eval import harness
-from modeling_mesanet.eval.task_data import DATA_VARIABLE
 
 GROUPS = ("reasoning_global", "reasoning_local", "recall", "recall_twice", "perplexity", "niah")
 SINGLE = ("mqar", "passkey", "wikitext")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def environment(monkeypatch, quick_lm_eval, no_data_folder):
     """The command sets variables and logging for its own process, which here is every test's."""
-    for name in (DATA_VARIABLE, "LMEVAL_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
+    for name in ("LMEVAL_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    monkeypatch.delenv(DATA_VARIABLE)
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # It asks pip, the compiler and the driver for their versions: seconds, every time.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     # Resampling for the standard error of a perplexity or BLEU takes longer than these few documents.
     monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", lambda **_: None)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", task_manager)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-
-
-def task_manager(include_path=None, include_defaults=True, metadata=None) -> TaskManager:
-    """lm-eval's, of whose own tasks, in 14,000 files, it reads one folder, and only where they are asked for."""
-    path = include_path or Path(lm_eval.tasks.__path__[0]) / "arc"
-    return TaskManager(include_path=path, include_defaults=False, metadata=metadata)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +174,41 @@ class TestResults:
         result = evaluate(mesanet, folder, data, tasks="mesanet_lambada")
         assert "|mesanet_lambada|" in result.stdout
         evaluate(mesanet, folder, data, tasks="mesanet_squad", fails="tokens, but max_length is 64; allow as many")
+
+    def test_the_model_named_is_the_model_evaluated(self, mesanet, model, data, tmp_path, monkeypatch):
+        """However it is named, so that no results are filed under another model's weights."""
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+        other = with_end_token(save_checkpoint(tmp_path / "gpt2", GPT2LMHeadModel(config), bos=None))
+        arguments = ("eval", "--tasks", "mesanet_lambada", "--data-dir", data, "--limit", 2)
+        mesanet(*arguments, "--model_args", f"pretrained={other}", "--output", tmp_path / "out")
+        settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
+        assert (settings["model"], settings["weights"]) == (str(other), None)
+        assert settings["model_args"]["pretrained"] == str(other)
+        words = f"--model is '{model}' and --model_args names pretrained={other}; give the model once"
+        evaluate(mesanet, model, data, "--model_args", f"pretrained={other}", fails=words)
+        words = "--model_args names revision=x, by which no MesaNet can be chosen"
+        evaluate(mesanet, model, data, "--model_args", "revision=x", fails=words)
+        # With an adapter the weights are not the checkpoint's.
+        monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda *_: None)
+        monkeypatch.setattr(harness, "_finish", lambda *_: None)
+        evaluate(mesanet, model, data, "--model_args", "peft=x", "--output", tmp_path / "peft")
+        assert json.loads((tmp_path / "peft" / "evaluation.json").read_text())["settings"]["weights"] is None
+
+    def test_models_that_bring_their_code(self, mesanet, data, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+        folder = with_end_token(save_checkpoint(tmp_path / "own", GPT2LMHeadModel(config), bos=None))
+        code = "from transformers import {0}\n\n\nclass {1}({0}):\n    "
+        text = code.format("GPT2Config", "OwnConfig") + "model_type = 'own_code'\n"
+        text += code.format("GPT2LMHeadModel", "OwnModel") + "config_class = OwnConfig\n"
+        (folder / "own_code.py").write_text(text)
+        config = json.loads((folder / "config.json").read_text())
+        classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_code", "auto_map": classes}))
+        evaluate(mesanet, folder, data, tasks="mesanet_lambada", fails="whose config could not be read")
+        result = evaluate(mesanet, folder, data, "--trust_remote_code", tasks="mesanet_lambada")
+        assert "|mesanet_lambada|" in result.stdout
 
     def test_tasks_of_lm_eval_and_patterns(self, model, data, monkeypatch, mesanet):
         found = []
