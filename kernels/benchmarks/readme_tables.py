@@ -55,8 +55,8 @@ def int8_weights(results: dict) -> str:
     versions = results["versions"]
     lines.append("")
     lines.append(
-        f"Loss in nats per token over {results['text']['tokens']:,} tokens; medians of greedy decoding in turns, "
-        f"{results['threads']} of the threads of {results['cpu']}, torch {versions['torch']}, torchao "
+        f"Loss in nats per token over {results['text']['tokens']:,} tokens; greedy decoding, the fastest run of each "
+        f"on {results['threads']} of the threads of {results['cpu']}, torch {versions['torch']}, torchao "
         f"{versions['torchao']}, transformers {versions['transformers']}; {results['date']}, revision "
         f"{results['revision']}; from `kernels/benchmarks/int8_weights.py`."
     )
