@@ -22,6 +22,7 @@ What differs:
 Start, inputs and the dtype of the gates make differences of rounding only, as long as the steps suffice.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -232,10 +233,17 @@ def config_from_fla(fields: Mapping) -> MesaNetConfig:
 
 
 def _intermediate_size(values: Mapping) -> int:
-    """The MLP's width: as given, or two thirds of `hidden_ratio` times d, rounded up to a multiple of 256."""
+    """The MLP's width: as given, or two thirds of `hidden_ratio` times d, rounded up to a multiple of 256.
+
+    Raises:
+        ConversionError: one of them is no such number.
+    """
     if values["intermediate_size"] is not None:
         return values["intermediate_size"]
     ratio = 4 if values["hidden_ratio"] is None else values["hidden_ratio"]
+    for name, value in (("hidden_size", values["hidden_size"]), ("hidden_ratio", ratio)):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConversionError(f"config field {name} is {value!r}; it must be a number greater than 0.")
     return -(-int(values["hidden_size"] * ratio * 2 / 3) // 256) * 256
 
 

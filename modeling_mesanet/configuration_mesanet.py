@@ -5,6 +5,7 @@ import math
 import os
 import sys
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -137,6 +138,11 @@ class MesaNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        # The base class looks the name up in torch, which has no such name, or another kind of thing.
+        name = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        dtype = getattr(torch, name, None) if isinstance(name, str) else name
+        if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {name!r}; it must be a floating dtype of torch, such as 'bfloat16', or None.")
         super().__post_init__(**kwargs)
 
     @classmethod

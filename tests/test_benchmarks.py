@@ -309,3 +309,54 @@ def test_drafted_tokens_are_timed_and_compared(scripts, tmp_path, monkeypatch):
     assert rows[2]["tokens_per_step"] > 1.3
     assert all(0 < row[name] < math.inf for row in steps for name in ("plain_ms", "rollback_ms"))
     assert results["revision"] == "abc"
+
+
+def test_int8_weights_are_weighed_scored_and_timed(scripts, tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="int8 weights need torchao")
+    import int8_weights
+
+    text = tmp_path / "LICENSE"
+    text.write_text(int8_weights.TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    monkeypatch.setattr(int8_weights, "TEXT", text)
+    int8_weights.main(presets="", threads=1, repeats=1, new_tokens=2, revision="abc", output=tmp_path)
+    results = json.loads((tmp_path / "int8_weights.json").read_text(encoding="utf-8"))
+    model = int8_weights.load_checkpoint(None)
+    head, every = model.lm_head.weight.numel(), sum(tensor.numel() for tensor in model.parameters())
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        plain, int8 = results["bundled"][dtype].values()
+        # A few tensors stay float32 whatever the rest is; the tied head is there once.
+        assert width * every <= plain["bytes"] < width * every * 1.01
+        assert every + (width - 1) * head < int8["bytes"] < 0.7 * plain["bytes"]
+        assert 0 < abs(int8["loss"] - plain["loss"]) < 0.02
+        assert 1 < plain["loss"] < math.log(len(model.get_input_embeddings().weight))
+        assert all(0 < rate < math.inf for one in (plain, int8) for rate in one["tokens_per_second"].values())
+    text = scripts.tables.int8_weights(results | {"preset_bytes": {"1B": PRESET_BYTES}})
+    assert text.startswith(
+        "| | float32 | int8 beside it | bfloat16 | int8 beside it |\n|---|---|---|---|---|\n| bundled"
+    )
+    assert "\n| 1B size: MB of all tensors | 4,000 | 2,000 | 1,900 | 1,000 |\n" in text
+    assert "revision abc; from `kernels/benchmarks/int8_weights.py`" in text
+
+
+PRESET_BYTES = {"float32": {"plain": 4e9, "int8": 2e9}, "bfloat16": {"plain": 1.9e9, "int8": 1e9}}
+
+
+def test_int8_weights_of_a_published_size(scripts, monkeypatch):
+    pytest.importorskip("torchao", reason="int8 weights need torchao")
+    import int8_weights
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 32}
+    tiny = int8_weights.MesaNetConfig(vocab_size=100, value_head_dim=32, intermediate_size=128, **sizes)
+    monkeypatch.setattr(int8_weights.MesaNetConfig, "preset", lambda name: {"tiny": tiny}[name])
+    weights = int8_weights.preset_bytes("tiny")
+    parameters = sum(tensor.numel() for tensor in int8_weights.MesaNetForCausalLM(tiny).parameters())
+    assert weights["float32"]["plain"] == 4 * parameters
+    assert parameters < weights["bfloat16"]["int8"] < weights["float32"]["int8"] < 3 * parameters
+
+
+def test_int8_benchmark_without_torchao(scripts, tmp_path, monkeypatch):
+    import int8_weights
+
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(typer.BadParameter, match="int8 weights need torchao"):
+        int8_weights.main(output=tmp_path)

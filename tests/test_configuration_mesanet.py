@@ -174,6 +174,16 @@ def test_wrong_type_is_named_with_the_right_one(field, value, expected):
     assert re.search(rf"expected an? {expected}|expected {expected}|<class '{expected}'>", message)
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])  # the second stands in older files
+@pytest.mark.parametrize("value", ["float99", "softmax", "int8", torch.int8, 5])
+def test_dtype_is_one_of_weights(field, value):
+    assert (
+        MesaNetConfig(**{field: "bfloat16"}).dtype == MesaNetConfig(**{field: torch.bfloat16}).dtype == torch.bfloat16
+    )
+    with pytest.raises((ValueError, StrictDataclassError), match=f"dtype.*{value}"):
+        MesaNetConfig(**{field: value})
+
+
 @pytest.mark.parametrize(
     ("layer_types", "fault"),
     [

@@ -138,6 +138,38 @@ def test_runs_of_one_token_replace_a_third(scripts):
     assert not (same & (repeated[1:] == 0) & (tokens[1:] != 0)).any()
 
 
+def test_epsilons_of_the_head_norm_are_compared(scripts, data, tmp_path, monkeypatch):
+    import head_norm
+
+    cases = ((1e-6, 0), (0.5, 0), (1e-6, 1))
+    monkeypatch.setattr(head_norm, "CASES", cases)
+    options = {"data_dir": None, "threads": 1, "output": tmp_path, "smoke": True}
+    head_norm.main(**options, revision="abc")
+    results = json.loads((tmp_path / "head_norm.json").read_text(encoding="utf-8"))
+    small, large, other = results["cases"]
+    assert tuple((case["head_norm_eps"], case["seed"]) for case in results["cases"]) == cases
+    for case in results["cases"]:
+        assert [run["chunk_size"] for run in case["runs"]] == [64, 16]
+        assert all(len(run["losses"]) == len(run["gradient_norms"]) == 4 for run in case["runs"])
+        assert 0 <= case["difference"] < 1e-3
+    firsts = [case["runs"][0]["losses"][0] for case in results["cases"]]
+    assert len(set(firsts)) == 3  # the epsilon and the seed reach the model
+    text = scripts.tables.head_norm(results)
+    norms = [run["gradient_norms"] for run in small["runs"]]
+    row = f"| 1e-06 | 0 | {small['runs'][0]['losses'][3]:.3f}, {small['runs'][1]['losses'][3]:.3f} | "
+    assert f"\n{row}{max(map(max, norms)):.1f} | - | {small['difference']:.1e} |\n" in text
+    # With more steps the early ones are left out of one column.
+    other["runs"][1]["gradient_norms"] = [9.0] * 10 + [2.0, 3.0]
+    large["runs"][0]["failed"] = "not finite at step 1: losses nan"
+    text = scripts.tables.head_norm(results)
+    assert " | 9.0 | 3.0 | " in text
+    assert "\n| 0.5 | 0 | not finite at step 1: losses nan | - | - | - |\n" in text
+
+    monkeypatch.delenv("MESANET_DATA")
+    with pytest.raises(typer.BadParameter, match=r"set MESANET_DATA to\) the folder that holds corpus/novels_train"):
+        head_norm.main(**options)
+
+
 def test_what_cannot_be_run_is_refused(scripts, tmp_path, monkeypatch):
     monkeypatch.delenv("MESANET_DATA", raising=False)
     with pytest.raises(typer.BadParameter, match=r"set MESANET_DATA to\) the folder that holds corpus/novels_train"):

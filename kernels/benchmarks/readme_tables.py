@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of `results/` into the README: `python kernels/benchmarks/readme_tables.py`.
+"""Writes the figures of `results/` into the READMEs: `python kernels/benchmarks/readme_tables.py`.
 
 A table NAME stands between `<!-- results: NAME -->` and `<!-- end results -->` and comes from `results/NAME.json`, or
 from each `results/NAME_<machine>.json`.
@@ -7,13 +7,14 @@ from each `results/NAME_<machine>.json`.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from modeling_mesanet.files import replacing
 
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
-README = BENCHMARKS.parents[1] / "README.md"
+ROOT = BENCHMARKS.parents[1]
 
 
 def cpu_generation(results: dict) -> str:
@@ -30,6 +31,69 @@ def cpu_generation(results: dict) -> str:
         "`kernels/benchmarks/cpu_generation.py`. The loop computes the layer as defined, one dense solve a token, "
         "over 256 tokens of prompt; for one token with heads of 64 that is a single library call, which takes as long "
         "as the dozen small products of the iteration."
+    )
+    return "\n".join(lines)
+
+
+def int8_weights(results: dict) -> str:
+    """Loss, speed and bytes with weights in eight bits, beside the same without."""
+    bundled, presets = results["bundled"], results["preset_bytes"]
+    kinds = [(dtype, kind) for dtype in bundled for kind in bundled[dtype]]
+    heads = ["int8 beside it" if kind == "int8" else dtype for dtype, kind in kinds]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(kinds)) + "|"]
+
+    def row(name: str, cells: list[str]) -> None:
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    measured = [bundled[dtype][kind] for dtype, kind in kinds]
+    row("bundled checkpoint: MB of all tensors", [f"{one['bytes'] / 1e6:.1f}" for one in measured])
+    row(f"loss on the text of {results['text']['file']}", [f"{one['loss']:.4f}" for one in measured])
+    for batch in measured[0]["tokens_per_second"]:
+        row(f"tokens/s, batch {batch}", [f"{one['tokens_per_second'][batch]:,.0f}" for one in measured])
+    for name, sizes in presets.items():
+        row(f"{name} size: MB of all tensors", [f"{sizes[dtype][kind] / 1e6:,.0f}" for dtype, kind in kinds])
+    versions = results["versions"]
+    lines.append("")
+    lines.append(
+        f"Loss in nats per token over {results['text']['tokens']:,} tokens; greedy decoding, the fastest run of each "
+        f"on {results['threads']} of the threads of {results['cpu']}, torch {versions['torch']}, torchao "
+        f"{versions['torchao']}, transformers {versions['transformers']}; {results['date']}, revision "
+        f"{results['revision']}; from `kernels/benchmarks/int8_weights.py`."
+    )
+    return "\n".join(lines)
+
+
+EARLY_STEPS = 10  # many spikes are among them, so one column leaves them out
+
+
+def head_norm(results: dict) -> str:
+    """Gradient norms and losses by the epsilon of the heads' norm, of two runs each."""
+    plan, versions = results["plan"], results["versions"]
+    lines = [
+        f"| `head_norm_eps` | seed of the weights | loss at step {plan['steps']}, both runs | largest gradient norm | "
+        f"from step {EARLY_STEPS + 1} on | largest relative difference of the two losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        cells = next(([run["failed"], "-", "-", "-"] for run in case["runs"] if "failed" in run), None)
+        if cells is None:
+            norms = [run["gradient_norms"] for run in case["runs"]]
+            late = [norm for run in norms for norm in run[EARLY_STEPS:]]
+            cells = [
+                ", ".join(f"{run['losses'][-1]:.3f}" for run in case["runs"]),
+                f"{max(map(max, norms)):.1f}",
+                f"{max(late):.1f}" if late else "-",
+                f"{case['difference']:.1e}",
+            ]
+        lines.append(f"| {case['head_norm_eps']:g} | {case['seed']} | {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        f"{plan['layers']} layers of {plan['hidden_size']}, {plan['heads']} heads of {plan['head_dim']}, MLP "
+        f"{plan['intermediate_size']}, {plan['batch']} x {plan['length']} tokens of the novels a step, "
+        f"{plan['steps']} steps of AdamW in float32 with a peak rate of {plan['learning_rate']:g}, gradients clipped "
+        f"at {plan['gradient_clip']:g}; gradient norms before clipping, the larger of both runs. Torch path on "
+        f"{results['threads']} of the threads of {results['cpu']}, torch {versions['torch']}; {results['date']}, "
+        f"revision {results['revision']}; from `kernels/benchmarks/head_norm.py`."
     )
     return "\n".join(lines)
 
@@ -329,6 +393,11 @@ def gpu_generation(results: dict) -> str:
 TABLES = {"cpu_generation": cpu_generation, "gpu_operators": gpu_operators}
 # These stand in the README once they were measured.
 MEASURED_LATER = {"training_curves": training_curves, "gpu_generation": gpu_generation}
+# Every file that quotes results, and its tables.
+DOCUMENTS = {
+    ROOT / "README.md": TABLES | MEASURED_LATER,
+    ROOT / "examples" / "README.md": {"head_norm": head_norm},
+}
 
 
 def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
@@ -349,13 +418,13 @@ def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
     return found
 
 
-def render(text: str, folder: Path = RESULTS) -> str:
-    """`text` with every table made anew from its results files in `folder`; without any, a table stays as it is.
+def render(text: str, folder: Path = RESULTS, tables: dict[str, Callable] = TABLES | MEASURED_LATER) -> str:
+    """`text` with each of `tables` made anew from its results files in `folder`; without any, a table stays as it is.
 
     Raises:
         SystemExit: a table has no place in `text`, or its results cannot be traced to a commit.
     """
-    for name, table in (TABLES | MEASURED_LATER).items():
+    for name, table in tables.items():
         machines = results_of(name, folder)
         if not machines:
             continue
@@ -369,5 +438,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    with replacing(README) as temporary:
-        temporary.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document, quoted in DOCUMENTS.items():
+        rendered = render(document.read_text(encoding="utf-8"), tables=quoted)
+        with replacing(document) as temporary:
+            temporary.write_text(rendered, encoding="utf-8")

@@ -131,6 +131,7 @@ class Run:
     precision: str = "bfloat16"  # of autocast, or float32: none
     chunk_size: int = 64  # of the torch path
     forget_gate_bound: float | None = 0.9975
+    seed: int = SEED  # of the weights
 
 
 TRITON = Run("Triton", "triton")
@@ -140,8 +141,8 @@ OTHER_CHUNKS = Run("torch, chunks of 16", "torch", chunk_size=16)
 
 
 def build_model(plan: Plan, run: Run, tokenizer: PreTrainedTokenizerBase) -> MesaNetForCausalLM:
-    """The model of a run; its weights depend on `SEED` alone."""
-    torch.manual_seed(SEED)
+    """The model of a run; its weights depend on `run.seed` alone."""
+    torch.manual_seed(run.seed)
     config = MesaNetConfig(
         vocab_size=len(tokenizer),
         hidden_size=plan.hidden_size,

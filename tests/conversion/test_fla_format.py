@@ -172,13 +172,21 @@ class TestConfig:
             ("lambda_lower_bound", 0.0),
             ("lambda_lower_bound", 1.5),
             ("head_dim", "large"),
+            ("hidden_ratio", "4"),
+            ("hidden_ratio", 0),
+            ("hidden_ratio", float("inf")),
+            ("hidden_size", "32"),
+            ("dtype", "float99"),
+            ("torch_dtype", 5),
         ],
     )
     def test_fields_without_counterpart_are_refused_by_name(self, field, value):
         fields = {**FIELDS, field: value}
+        if field == "hidden_ratio":
+            fields["intermediate_size"] = None
         if field == "max_cg_step_training":
             fields["max_cg_step_decoding"] = 0
-        with pytest.raises(ConversionError, match=rf"\b{field}\b") as refusal:
+        with pytest.raises(ConversionError, match=rf"\b{field.removeprefix('torch_')}\b") as refusal:
             config_from_fla(fields)
         assert "\n" not in str(refusal.value)
 
