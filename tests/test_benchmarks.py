@@ -49,7 +49,7 @@ def test_smoke_run_measures_every_section(scripts, tmp_path):
     for row in results["errors"]:
         assert row["errors"]["mesa, tolerance 1e-3"] < 1e-3
         assert row["errors"]["mesa, tolerance 1e-4"] < 2e-4
-    assert results["revision"] == "abc"
+    assert {name: part["revision"] for name, part in results["measured"].items()} == dict.fromkeys(sections, "abc")
     assert (tmp_path / results["figure"]).read_bytes().startswith(b"\x89PNG")
     # A table is made of any results, also of those without the rows of its goals.
     assert scripts.tables.gpu_operators(results).startswith("| ")
@@ -64,12 +64,23 @@ def test_cold_start_runs_in_a_process_of_its_own(scripts, tmp_path, monkeypatch)
     compile(scripts.gpu.FIRST_CALL["peer"], "the peer's", "exec")
 
 
-def test_a_later_run_keeps_the_other_sections_of_its_revision(scripts, tmp_path):
-    run(scripts, tmp_path, only="neighbours")
-    assert {"neighbours", "decode"} <= run(scripts, tmp_path, only="decode").keys()
-    assert "decode" not in run(scripts, tmp_path, only="neighbours", revision="def")
+def test_a_later_run_keeps_the_sections_that_committed_code_measured(scripts, tmp_path):
+    run(scripts, tmp_path, only="neighbours,decode")
+    results = run(scripts, tmp_path, only="decode", revision="def")
+    revisions = {name: part["revision"] for name, part in results["measured"].items()}
+    assert revisions == {"neighbours": "abc", "decode": "def"}
+    assert {"neighbours", "decode"} <= results.keys()
+    day = results["measured"]["decode"]["date"]
+    text = scripts.tables.provenance(results)
+    assert text == f"decode: {day}, revision def; neighbours: {day}, revision abc"
     run(scripts, tmp_path, only="decode", revision="abc-dirty")
-    assert "decode" not in run(scripts, tmp_path, only="neighbours", revision="abc-dirty")
+    results = run(scripts, tmp_path, only="neighbours")
+    assert list(results["measured"]) == ["neighbours"]
+    assert "decode" not in results
+    # With other versions nothing is kept.
+    path = tmp_path / "gpu_operators_cpu.json"
+    path.write_text(json.dumps(results | {"versions": {}}), encoding="utf-8")
+    assert "neighbours" not in run(scripts, tmp_path, only="decode")
 
 
 @pytest.mark.parametrize("factor", [1.01, math.nan])
@@ -162,12 +173,11 @@ def sample() -> dict:
             times = {"graph": {"us": us}, "eager": {"us": 2 * us}}
             decode.append({"operator": operator, "setting": setting, "batch": batch} | times)
     return {
-        "date": "2030-01-02",
         "gpu": "NVIDIA H200",
         "driver": "1.2",
         "versions": {"torch": "2.11", "triton": "3.6", "flash-linear-attention": "0.6.0"},
-        "revision": "abcdef",
         "figure": "gpu_operators_H200.png",
+        "measured": {"forward": {"date": "2030-01-02", "revision": "abcdef"}},
         "forward": [
             *pair("tolerance 1e-4", 5.5, 1.25),
             *pair("30 steps", 5.5, 2.75)[1:],
@@ -239,7 +249,9 @@ def test_readme_is_filled_from_the_results_of_each_machine(scripts, tmp_path):
 
 @pytest.mark.parametrize(("revision", "message"), [(None, "names no git revision"), ("abc-dirty", "uncommitted")])
 def test_results_without_a_commit_are_refused(scripts, tmp_path, revision, message):
-    (tmp_path / "gpu_operators_H200.json").write_text(json.dumps(sample() | {"revision": revision}), encoding="utf-8")
+    results = sample()
+    results["measured"]["decode"] = {"date": "2030-01-02", "revision": revision}
+    (tmp_path / "gpu_operators_H200.json").write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         scripts.tables.render(README, tmp_path)
 

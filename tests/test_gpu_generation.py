@@ -133,11 +133,10 @@ def sample() -> dict:
         return row | {"ms": ms, "tokens_per_second": 1e3 * batch / ms} | more
 
     return {
-        "date": "2030-01-02",
         "gpu": "NVIDIA H200",
         "driver": "1.2",
         "versions": {"torch": "2.11", "triton": "3.6", "transformers": "5.17", "flash-linear-attention": "0.6.0"},
-        "revision": "abcdef",
+        "measured": {"steps": {"date": "2030-01-02", "revision": "abcdef"}},
         "figure": "gpu_generation_H200.png",
         "plan": {"dtype": "bfloat16", "prompt": 64, "new_tokens": 128, "eager_tokens": 40},
         "steps": [

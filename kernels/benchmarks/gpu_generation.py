@@ -16,7 +16,8 @@ flash-linear-attention`; without it, it is left out) and transformers' Llama of 
 
 What is timed is checked first: the logits that `generate()` saw against those of the whole sequence in one uncached
 pass. Results go to `results/gpu_generation_<GPU>.json` after each section, a figure beside them at the end; the README
-quotes them. A later run of the same revision, versions and GPU replaces only the sections that it measures.
+quotes them. A later run with the same versions, GPU and sizes replaces only the sections that it measures; each names
+the revision that measured it.
 """
 
 import copy

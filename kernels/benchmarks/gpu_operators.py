@@ -16,8 +16,8 @@ Sections:
 
 Every call of ours is compared with float64 before it is timed, and not timed where it differs by more than is
 promised; the peer is only made sure to compute the same function. Results go to `results/gpu_operators_<GPU>.json`
-after each section, a figure beside them at the end; the README quotes them. A later run of the same revision, versions
-and GPU replaces only the sections that it measures.
+after each section, a figure beside them at the end; the README quotes them. A later run with the same versions, GPU
+and sizes replaces only the sections that it measures; each names the revision that measured it.
 
 Dimensions: B batch, T tokens, H heads, K key size, V value size (= K), C chunk size.
 """
@@ -859,16 +859,27 @@ def versions(peer_version: str | None) -> dict[str, str | None]:
 
 
 def start_results(path: Path, about: dict, sections: Iterable[str]) -> dict:
-    """`about` with the `sections` that a run of the very same kind, of a committed revision, left in `path`."""
+    """`about`, with those `sections` of `path` that committed code measured in the same circumstances."""
+    results = about | {"measured": {}}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return about
-    comparable = ("gpu", "driver", "versions", "revision", "plan")
-    same = all(before.get(key) == about[key] for key in comparable)
-    if not same or about["revision"] is None or about["revision"].endswith("-dirty"):
-        return about
-    return about | {name: before[name] for name in sections if name in before}
+        return results
+    if any(before.get(key) != about[key] for key in ("gpu", "driver", "versions", "plan")):
+        return results
+    for name in (name for name in sections if name in before.get("measured", {})):
+        revision = before["measured"][name]["revision"]
+        if revision is not None and not revision.endswith("-dirty"):
+            results[name] = before[name]
+            results["measured"][name] = before["measured"][name]
+    return results
+
+
+def record(results: dict, section: str, rows: object, revision: str | None, path: Path) -> None:
+    """Put what a section measured into the results and the file, with the day and the code that measured it."""
+    results[section] = rows
+    results["measured"][section] = {"date": date.today().isoformat(), "revision": revision}
+    write_json(path, results)
 
 
 def run_sections(
@@ -914,17 +925,16 @@ def run_sections(
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     name = f"{program}_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
     path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
+    revision = revision or read_revision()
     about = {
-        "date": date.today().isoformat(),
         "gpu": gpu,
         "driver": read_driver(),
         "versions": versions(peer_version) | (libraries or {}),
-        "revision": revision or read_revision(),
         "backend": list(select_backend(place)),
         "plan": json.loads(json.dumps(asdict(plan))),
         "figure": None,
     }
-    if about["revision"] is None:
+    if revision is None:
         CONSOLE.print(
             "The git revision cannot be read here, and the README takes no figures without: give --revision."
         )
@@ -936,8 +946,7 @@ def run_sections(
         bench = make_bench(Clock(place, seconds - (time.monotonic() - began)), plan, peer_version)
         for section in (name for name in sections if name in selected):
             rows = sections[section](bench)
-            results[section] = rows
-            write_json(path, results)
+            record(results, section, rows, revision, path)
             CONSOLE.print(table_of(section, rows))
             failures += sum("failed" in row and row["operator"] == "mesa" for row in rows)
             failures += sum(name.startswith("mesa") for row in rows for name in row.get("failures", {}))

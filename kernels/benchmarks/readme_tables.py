@@ -128,6 +128,16 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def provenance(results: dict) -> str:
+    """The days and revisions of the sections, which are named where they differ."""
+    groups: dict[str, list[str]] = {}
+    for section, measured in results["measured"].items():
+        groups.setdefault(f"{measured['date']}, revision {measured['revision']}", []).append(section)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{', '.join(sections)}: {group}" for group, sections in groups.items())
+
+
 def goal_row(name: str, unit: str, goal: float, peer: float | None, ours: float | None, failed: str | None) -> str:
     """One line of the goal table; a goal that is not reached is called missed."""
 
@@ -196,8 +206,8 @@ def gpu_operators(results: dict) -> str:
         lines += [f"![times and errors](kernels/benchmarks/results/{results['figure']})", ""]
     lines.append(
         f"{results['gpu']}, driver {results['driver']}, torch {versions['torch']}, triton {versions['triton']}, peer: "
-        f"flash-linear-attention {versions['flash-linear-attention']} at its 30 steps; {results['date']}, revision "
-        f"{results['revision']}. bfloat16, 12 heads, K = V = 128; ours at tolerance 1e-4 where the row does not say "
+        f"flash-linear-attention {versions['flash-linear-attention']} at its 30 steps; {provenance(results)}. "
+        "bfloat16, 12 heads, K = V = 128; ours at tolerance 1e-4 where the row does not say "
         "otherwise; medians, with cold caches, from `kernels/benchmarks/gpu_operators.py`, which compares our result "
         "with float64 before it times it. Decode steps are replayed as a CUDA graph; called one by one from Python, "
         f"peer and ours take {', '.join(eager)} us."
@@ -266,8 +276,8 @@ def training_curves(results: dict) -> str:
         f"paths.{longest} Errors: output in float32 against a dense float64 solve, "
         f"K = V = {plan['error_size']}, "
         f"{plan['error_length']:,} tokens; peer: flash-linear-attention {versions['flash-linear-attention']}. "
-        f"{results['gpu']}, torch {versions['torch']}, triton {versions['triton']}; {results['date']}, revision "
-        f"{results['revision']}; from `kernels/benchmarks/training_curves.py`."
+        f"{results['gpu']}, torch {versions['torch']}, triton {versions['triton']}; "
+        f"{provenance(results)}; from `kernels/benchmarks/training_curves.py`."
     )
     return "\n".join(lines)
 
@@ -385,7 +395,7 @@ def gpu_generation(results: dict) -> str:
         f"{warm} Logits are compared with those of an uncached pass first. "
         f"{results['gpu']}, driver {results['driver']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"transformers {versions['transformers']}, peer: flash-linear-attention {versions['flash-linear-attention']}; "
-        f"{results['date']}, revision {results['revision']}; from `kernels/benchmarks/gpu_generation.py`."
+        f"{provenance(results)}; from `kernels/benchmarks/gpu_generation.py`."
     )
     return "\n".join(lines)
 
@@ -409,11 +419,13 @@ def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
     found = []
     for path in sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}_*.json")]):
         results = json.loads(path.read_text(encoding="utf-8"))
-        revision = results["revision"]
-        if revision is None:
-            raise SystemExit(f"results/{path.name} names no git revision: measure again with --revision.")
-        if revision.endswith("-dirty"):
-            raise SystemExit(f"results/{path.name} was measured with uncommitted changes: commit, and measure again.")
+        for revision in {part["revision"] for part in results.get("measured", {"all": results}).values()}:
+            if revision is None:
+                raise SystemExit(f"results/{path.name} names no git revision: measure again with --revision.")
+            if revision.endswith("-dirty"):
+                raise SystemExit(
+                    f"results/{path.name} was measured with uncommitted changes: commit, and measure again."
+                )
         found.append(results)
     return found
 

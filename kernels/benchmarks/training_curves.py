@@ -23,7 +23,8 @@ value times `k . q`, and where that is nearly 0, an epsilon of 1e-6 makes a larg
 that any two runs come apart that round differently. `--head-norm-eps 1e-6` shows it.
 
 Results go to `results/training_curves_<GPU>.json` after each section, a figure beside them at the end; the README
-quotes them. A later run of the same revision, versions and GPU replaces only the sections that it measures.
+quotes them. A later run with the same versions, GPU and sizes replaces only the sections that it measures; each names
+the revision that measured it.
 
 No Triton runs on a CPU: with `--device cpu --smoke` the two paths are both torch, with chunks of different sizes.
 """
@@ -36,7 +37,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +55,7 @@ from gpu_operators import (
     find_peer,
     read_driver,
     read_revision,
+    record,
     start_results,
     table_of,
     versions,
@@ -446,17 +447,16 @@ def main(
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     name = "training_curves_" + re.sub(r"[^A-Za-z0-9]+", "_", gpu.removeprefix("NVIDIA ")).strip("_")
     path = (output or (ROOT / "outputs" if smoke else RESULTS)) / f"{name}.json"
+    revision = revision or read_revision()
     about = {
-        "date": date.today().isoformat(),
         "gpu": gpu,
         "driver": read_driver(),
         "versions": versions(peer_version) | {"transformers": transformers.__version__},
-        "revision": revision or read_revision(),
         "plan": json.loads(json.dumps(asdict(plan))),
         "figure": None,
     }
     results = start_results(path, about, SECTIONS)
-    if results["revision"] is None:
+    if revision is None:
         CONSOLE.print(
             "The git revision cannot be read here, and the README takes no figures without: give --revision."
         )
@@ -467,9 +467,8 @@ def main(
             stack.enter_context(torch.cuda.device(place))
         curves = Curves(plan, place, peer_version, tokenizer, tokens, control)
         for section in (name for name in SECTIONS if name in selected):
-            results[section] = SECTIONS[section](curves)
-            write_json(path, results)
-            rows = results[section]
+            rows = SECTIONS[section](curves)
+            record(results, section, rows, revision, path)
             CONSOLE.print(table_of(section, rows) if section == "errors" else runs_table(section, rows["runs"]))
     try:
         draw(results, path.with_suffix(".png"))
