@@ -16,10 +16,13 @@ import math
 import multiprocessing
 import os
 import queue
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +54,11 @@ from .synthetic_data import IGNORED, Examples
 LOWEST_LEARNING_RATE = 1e-6
 WARMUP = 0.05
 
-# How often a worker tells of its steps.
-REPORT_EVERY = 20
+# Steps over which the training loss is averaged.
+LOSS_EVERY = 20
+
+# The records of finished runs, inside the results folder.
+RUNS = "runs"
 
 
 # ---------------------------------------------------------------------------------------------------- tasks
@@ -155,7 +161,11 @@ def make_examples(task: Task, segment: Segment, rng: np.random.Generator, traini
 
 
 class ExampleBatches(Dataset):
-    """Examples of several lengths, read by batches of indices that fall into one segment."""
+    """Examples of several lengths, read by batches of indices that fall into one segment.
+
+    A batch holds `inputs` `[N, T]`, `asked` `[M]` (positions with a target, counted over the flattened batch), their
+    `targets` `[M]` and, if other answers count as right, `accepted` `[M, V]`.
+    """
 
     def __init__(self, segments: list[Examples]):
         self.segments = segments
@@ -168,8 +178,13 @@ class ExampleBatches(Dataset):
         segment = int(np.searchsorted(self.bounds, indices[0], side="right")) - 1
         rows = np.asarray(indices) - self.bounds[segment]
         examples = self.segments[segment]
-        named = examples._asdict().items()
-        return {name: torch.from_numpy(values[rows]) for name, values in named if values is not None}
+        targets = examples.targets[rows].reshape(-1)
+        # Counted here, because a GPU would have to be waited for before the size of the result is known.
+        asked = np.flatnonzero(targets != IGNORED)
+        batch = {"inputs": examples.inputs[rows], "asked": asked, "targets": targets[asked]}
+        if examples.accepted is not None:
+            batch["accepted"] = examples.accepted[rows].reshape(len(targets), -1)[asked]
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -268,11 +283,11 @@ class SequenceModel(nn.Module):
             self.register_buffer("positions", sinusoids(decoded, width), persistent=False)
 
     def forward(self, inputs: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Logits `[M, V]` of the positions of `inputs` `[N, T]` where `asked` (bool `[N, T]`)."""
+        """Logits `[M, V]` at the positions `asked` (int64 `[M]`) of the flattened `inputs` `[N, T]`."""
         outputs = self.backbone(input_ids=inputs, use_cache=False).last_hidden_state
         if self.decoder is not None:
             outputs = self.decoder(outputs[:, -1:] + self.positions)
-        return self.head(outputs[asked])
+        return self.head(outputs.flatten(0, 1).index_select(0, asked))
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
@@ -309,6 +324,11 @@ class Run:
     seed: int
     epochs: int
 
+    @classmethod
+    def of(cls, record: dict) -> "Run":
+        """The run that a record is of."""
+        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
+
     @property
     def name(self) -> str:
         numbers = f"lr{self.learning_rate:.2g}-wd{self.weight_decay:g}-seed{self.seed}-epochs{self.epochs}"
@@ -344,7 +364,7 @@ def train(
         device: "cpu" or a GPU.
         mixed_precision: of `accelerate`: "no" or "bf16".
         size: of the model; None is the published one.
-        advance: called with the number of steps done since the last call.
+        advance: called with the number of steps done since the last call; what it raises ends the training.
 
     Returns:
         JSON types: the run's fields, `accuracy` (mean over `segments`, the accuracy of each kind of test example),
@@ -385,8 +405,7 @@ def train(
     losses, recent, step, diverged = [], [], 0, False
     while step < run.steps and not diverged:
         for batch in batches:
-            asked = batch["targets"] != IGNORED
-            loss = F.cross_entropy(model(batch["inputs"], asked).float(), batch["targets"][asked])
+            loss = F.cross_entropy(model(batch["inputs"], batch["asked"]).float(), batch["targets"])
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -394,9 +413,9 @@ def train(
             optimizer.zero_grad()
             recent.append(loss.detach())
             step += 1
-            if step % REPORT_EVERY == 0 or step == run.steps:
-                if advance is not None:
-                    advance(len(recent))
+            if advance is not None:
+                advance(1)
+            if step % LOSS_EVERY == 0 or step == run.steps:
                 losses.append((step, torch.stack(recent).mean().item()))
                 recent = []
                 if not math.isfinite(losses[-1][1]):
@@ -430,12 +449,11 @@ def accuracy(model: nn.Module, examples: Examples, batch_size: int, device: torc
     dataset, right, total = ExampleBatches([examples]), 0, 0
     for indices in torch.arange(len(dataset)).split(batch_size):
         batch = {name: tensor.to(device) for name, tensor in dataset.__getitems__(indices.tolist()).items()}
-        asked = batch["targets"] != IGNORED
-        answers = model(batch["inputs"], asked).argmax(dim=-1)
+        answers = model(batch["inputs"], batch["asked"]).argmax(dim=-1)
         if "accepted" in batch:
-            hits = batch["accepted"][asked].gather(1, answers[:, None])
+            hits = batch["accepted"].gather(1, answers[:, None])
         else:
-            hits = answers == batch["targets"][asked]
+            hits = answers == batch["targets"]
         right, total = right + int(hits.sum()), total + len(answers)
     return right / total
 
@@ -443,44 +461,102 @@ def accuracy(model: nn.Module, examples: Examples, batch_size: int, device: torc
 # ---------------------------------------------------------------------------------------------------- the benchmark
 
 
-def _train_in_worker(run: Run, options: dict, reports) -> dict:
-    return train(run, advance=reports.put, **options)
+class Stopped(Exception):
+    """Trainings are to end before they are finished."""
 
 
-def _limit_threads(threads: int) -> None:
+# In a worker, what its parent reads and says: a queue of finished steps, and the event that stops all trainings.
+_parent: dict = {}
+
+
+def _begin_worker(threads: int, reports, stop) -> None:
     torch.set_num_threads(threads)
+    reports.cancel_join_thread()  # a worker must not wait for a parent that has stopped reading
+    _parent.update(reports=reports, stop=stop)
+    # Ctrl-C reaches the workers, too, but it is the parent that ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def train_all(runs: list[Run], *, jobs: int, keep: Callable[[Run, dict], None], **options) -> None:
-    """Train `runs`, `jobs` of them at a time in processes of their own, and hand each result to `keep`.
+def _end_with_parent() -> None:
+    """A parent that is killed cannot say so, and its workers would go on holding the GPU."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _train_in_worker(run: Run, file: Path, options: dict) -> None:
+    def advance(steps: int) -> None:
+        if _parent["stop"].is_set():
+            raise Stopped
+        _parent["reports"].put(steps)
+
+    advance(0)
+    write_json(file, train(run, advance=advance, **options))
+
+
+def train_all(
+    runs: dict[Run, Path],
+    *,
+    jobs: int,
+    until: float = math.inf,
+    finished: Callable[[], None],
+    **options,
+) -> dict[Run, Exception]:
+    """Train `runs`, `jobs` of them at a time in processes of their own, and write each result to its file.
 
     Small models leave a GPU waiting for Python most of the time, so that several processes share it well.
+
+    Args:
+        until: a time of `time.monotonic()`; trainings that are not finished by then are given up.
+        finished: called after each training.
+        options: of `train`.
+
+    Returns:
+        The trainings that failed; they do not end the others. Those given up are not among them.
     """
+    failed: dict[Run, Exception] = {}
     with progress_bar() as bar:
         task = bar.add_task("training steps", total=sum(run.steps for run in runs))
         if jobs == 1:
-            for run in runs:
+
+            def advance(steps: int) -> None:
+                bar.advance(task, steps)
+                if time.monotonic() > until:
+                    raise Stopped
+
+            for run, file in runs.items():
                 bar.update(task, description=f"{run.task}, {run.layer}")
-                keep(run, train(run, advance=lambda steps: bar.advance(task, steps), **options))
-            return
+                try:
+                    advance(0)
+                    write_json(file, train(run, advance=advance, **options))
+                except Stopped:
+                    break
+                except Exception as error:
+                    failed[run] = error
+                finished()
+            return failed
         context = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with (
-            context.Manager() as manager,
-            ProcessPoolExecutor(jobs, context, initializer=_limit_threads, initargs=(threads,)) as pool,
-        ):
-            reports = manager.Queue()
-            futures = {pool.submit(_train_in_worker, run, options, reports): run for run in runs}
+        reports, stop = context.Queue(), context.Event()
+        beginning = (max(1, (os.cpu_count() or 1) // jobs), reports, stop)
+        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=beginning) as pool:
+            futures = {pool.submit(_train_in_worker, run, file, options): run for run, file in runs.items()}
             try:
                 pending = set(futures)
                 while pending:
                     with contextlib.suppress(queue.Empty):
                         bar.advance(task, reports.get(timeout=0.5))
+                    if time.monotonic() > until:
+                        stop.set()
                     for future in [future for future in pending if future.done()]:
                         pending.remove(future)
-                        keep(futures[future], future.result())
+                        error = future.exception()
+                        if error is not None and not isinstance(error, Stopped):
+                            failed[futures[future]] = error
+                        finished()
             finally:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
+    return failed
 
 
 def benchmark(
@@ -496,12 +572,14 @@ def benchmark(
     jobs: int = 1,
     device: str = "cpu",
     mixed_precision: str = "no",
+    time_limit: float | None = None,
     resume: bool = False,
     plot: bool = True,
 ) -> dict:
     """Train every layer on every task; writes `synthetic.json`, `synthetic.csv` and `synthetic.png` into `output`.
 
-    Of a grid of settings the one with the best mean over the seeds is reported, as the tasks' authors do.
+    Of a grid of settings the one with the best mean over the seeds is reported, as the tasks' authors do. The first
+    two files are written anew after each training, so that an interruption leaves the table of what is finished.
 
     Args:
         tasks: names in `TASKS` or `GROUPS`.
@@ -510,14 +588,18 @@ def benchmark(
         epochs, learning_rates, weight_decays: replace those of the schedule.
         seeds: of examples, order and weights, with commas.
         jobs: trainings at a time.
-        resume: keep the finished runs in `output` and train the others.
+        time_limit: seconds after which trainings that are not finished are given up.
+        resume: keep the finished runs in `output`, whatever their tasks, layers and settings, and add to them.
 
     Returns:
-        The content of `synthetic.json`: `table` (one entry a task, kind of test example and layer) and `runs`.
+        The content of `synthetic.json`: `table` (one entry a task, kind of test example and layer) and `runs`, both of
+        all finished runs in `output`; `missing`, the names of runs that were asked for and are not finished.
 
     Raises:
-        UsageError: an option or the folder does not fit, or accelerate is missing.
+        UsageError: an option or the folder does not fit, accelerate is missing, or a training failed (after the others
+            are finished).
     """
+    began = time.monotonic()
     require("accelerate", "training")
     if plot:
         require("matplotlib", "the figure (--no-plot leaves it out)")
@@ -548,34 +630,60 @@ def benchmark(
         schedule = TASKS[name].published if published else TASKS[name].quick
         grid = itertools.product(compared, rates or schedule.learning_rates, decays or schedule.weight_decays, numbers)
         runs += [Run(name, *setting, epochs=epochs or schedule.epochs) for setting in grid]
-    settings = {
-        "command": "synthetic",
-        "runs": sorted(run.name for run in runs),
-        "mixed_precision": mixed_precision,
-    }
-    folder = open_results(output, settings, resume=resume)
+    folder = open_results(output, {"command": "synthetic", "mixed_precision": mixed_precision}, resume=resume)
+    epochs_of = {run.task: run.epochs for run in runs}
+    for record in read_runs(folder):
+        if record["epochs"] != epochs_of.get(record["task"], record["epochs"]):
+            raise UsageError(
+                f"--output is '{folder}', whose runs of {record['task']} differ in epochs ({record['epochs']}, not "
+                f"{epochs_of[record['task']]}); give another folder, or --epochs {record['epochs']} to add to them."
+            )
 
-    def file_of(run: Run) -> Path:
-        return folder / "runs" / f"{run.name}.json"
+    def write_table(plot: bool) -> dict:
+        records = read_runs(folder)
+        missing = sorted({run.name for run in runs} - {Run.of(record).name for record in records})
+        result = {"mixed_precision": mixed_precision, "missing": missing, "table": best_of(records), "runs": records}
+        columns = ["task", "test", "layer", "accuracy", "deviation", "learning_rate", "weight_decay", "parameters"]
+        write_csv(folder / "synthetic.csv", columns, ([row[column] for column in columns] for row in result["table"]))
+        if plot and records:
+            plot_table(folder / "synthetic.png", result)
+        write_json(folder / "synthetic.json", result)
+        return result
 
-    waiting = [run for run in runs if read_run(file_of(run)) is None]
+    files = {run: folder / RUNS / f"{run.name}.json" for run in runs}
     # The longest first, so that no worker begins one when the others are done.
-    waiting.sort(key=lambda run: run.steps, reverse=True)
-    train_all(
-        waiting,
-        jobs=max(1, min(jobs, len(waiting))),
-        keep=lambda run, result: write_json(file_of(run), result),
-        device=device,
-        mixed_precision=mixed_precision,
-    )
-    records = [read_run(file_of(run)) for run in runs]
-    result = {"settings": settings, "table": best_of(records), "runs": records}
-    columns = ["task", "test", "layer", "accuracy", "deviation", "learning_rate", "weight_decay", "parameters"]
-    write_csv(folder / "synthetic.csv", columns, ([row[column] for column in columns] for row in result["table"]))
-    if plot:
-        plot_table(folder / "synthetic.png", result)
-    write_json(folder / "synthetic.json", result)
+    waiting = sorted((run for run in runs if read_run(files[run]) is None), key=lambda run: run.steps, reverse=True)
+    try:
+        failed = train_all(
+            {run: files[run] for run in waiting},
+            jobs=max(1, min(jobs, len(waiting))),
+            until=math.inf if time_limit is None else began + time_limit,
+            finished=functools.partial(write_table, plot=False),
+            device=device,
+            mixed_precision=mixed_precision,
+        )
+    finally:
+        result = write_table(plot)
+    for run, error in failed.items():
+        raise UsageError(
+            f"{len(failed)} of {len(waiting)} trainings failed, among them {run.name} ({type(error).__name__}: "
+            f"{error}); the others are in '{folder}', and --resume trains what is missing."
+        ) from error
     return result
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """The records of all finished runs in a results folder, in the order of the tasks and layers."""
+    places = {name: place for place, name in enumerate([*TASKS, *LAYERS])}
+    records = [record for file in (folder / RUNS).glob("[!.]*.json") if (record := read_run(file)) is not None]
+    order = ("learning_rate", "weight_decay", "seed")
+    return sorted(
+        records,
+        key=lambda r: (
+            *(places.get(r[name], len(places)) for name in ("task", "layer")),
+            *(r[name] for name in order),
+        ),
+    )
 
 
 def read_run(path: Path) -> dict | None:
@@ -636,9 +744,10 @@ def plot_table(path: Path, result: dict) -> None:
     width = 0.8 / len(layers)
     for index, layer in enumerate(layers):
         places = np.arange(len(rows)) + (index - (len(layers) - 1) / 2) * width
-        entries = [held[layer] for held in rows.values()]
-        deviations = [entry["deviation"] or 0 for entry in entries]
-        axes.bar(places, [entry["accuracy"] for entry in entries], width, yerr=deviations, label=layer)
+        entries = [(place, held[layer]) for place, held in zip(places, rows.values(), strict=True) if layer in held]
+        deviations = [entry["deviation"] or 0 for _, entry in entries]
+        accuracies = [entry["accuracy"] for _, entry in entries]
+        axes.bar([place for place, _ in entries], accuracies, width, yerr=deviations, label=layer)
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
     axes.set(ylabel="accuracy", ylim=(0, 1))
     axes.legend()
@@ -648,8 +757,8 @@ def plot_table(path: Path, result: dict) -> None:
         panel.set_axis_off()
     for panel, task in zip(grid, tasks, strict=False):
         for index, layer in enumerate(layers):
-            chosen = rows[task][layer]
-            shown = [record for record in result["runs"] if all(record[key] == chosen[key] for key in KEYS)]
+            chosen = rows[task].get(layer)
+            shown = [r for r in result["runs"] if chosen is not None and all(r[key] == chosen[key] for key in KEYS)]
             for record in shown:
                 panel.plot(*zip(*record["loss"], strict=True), color=f"C{index}", label=layer, alpha=0.8)
         panel.set(title=task, xlabel="step", ylabel="training loss")
@@ -671,13 +780,19 @@ def print_result(result: dict) -> None:
     for name, held in rows.items():
         cells = []
         for layer in layers:
+            if layer not in held:
+                cells.append("-")
+                continue
             deviation = held[layer]["deviation"]
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
             cells.append(f"{100 * held[layer]['accuracy']:.1f}{spread}")
         table.add_row(name, *cells)
     console = output_console()
-    console.print(table)
+    if rows:
+        console.print(table)
     for record in result["runs"]:
         if record["diverged"]:
             rate = record["learning_rate"]
             console.print(f"{record['task']}, {record['layer']}: diverged at learning rate {rate:g}")
+    if result["missing"]:
+        console.print(f"{len(result['missing'])} trainings are not finished; --resume goes on with them.")

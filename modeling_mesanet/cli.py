@@ -786,7 +786,13 @@ def synthetic(
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of its own.")] = 1,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")] = "cpu",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
-    resume: ResumeOption = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Seconds after which trainings that are not finished are given up.", show_default="none"
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Add to the finished trainings in --output.")] = False,
     plot: PlotOption = True,
 ) -> None:
     """Train sequence layers from scratch on synthetic tasks, and compare their accuracy."""
@@ -806,6 +812,7 @@ def synthetic(
                 jobs=jobs,
                 device=str(_check_device(device)),
                 mixed_precision=mixed_precision,
+                time_limit=time_limit,
                 resume=resume,
                 plot=plot,
             )

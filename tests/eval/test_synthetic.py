@@ -4,6 +4,9 @@
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -320,7 +323,63 @@ class TestCommand:
         mesanet(*arguments, "--resume", "--mixed-precision", "bf16", fails="differs in mixed precision")
         mesanet(*arguments, "--resume")
         assert trained == [0, 1, 1, 2]
-        assert len(json.loads((tmp_path / "out" / "synthetic.json").read_text())["runs"]) == 3
+        result = json.loads((tmp_path / "out" / "synthetic.json").read_text())
+        assert len(result["runs"]) == 3
+        assert not result["missing"]
+
+    def test_an_interruption_leaves_the_table_of_what_is_finished(self, mesanet, tiny_task, tmp_path, monkeypatch):
+        original = synthetic.train
+
+        def interrupted(run, **options):
+            if run.layer == "gla":
+                raise KeyboardInterrupt
+            return original(run, **options)
+
+        monkeypatch.setattr(synthetic, "train", interrupted)
+        mesanet("synthetic", tiny_task, "-o", tmp_path / "out", "--layers", "attention,gla", code=130)
+        result = json.loads((tmp_path / "out" / "synthetic.json").read_text())
+        assert {entry["layer"] for entry in result["table"]} == {"attention"}
+        assert result["missing"] == ["tiny-gla-lr0.01-wd0.1-seed0-epochs1"]
+        assert (tmp_path / "out" / "synthetic.png").is_file()
+
+    def test_invocations_add_up(self, mesanet, tiny_task, tmp_path, monkeypatch):
+        """Each with its own tasks, layers and settings; the table is that of the folder."""
+        monkeypatch.setitem(TASKS, "other", dataclasses.replace(TASKS[tiny_task], train=(Segment(128, TINY),)))
+        output = ("-o", tmp_path / "out", "--no-plot")
+        mesanet("synthetic", "other", *output, "--layers", "attention")
+        mesanet("synthetic", "other", *output, "--layers", "gla", "--resume", "--learning-rates", "1e-3")
+        printed = mesanet("synthetic", tiny_task, *output, "--layers", "attention", "--resume").stdout
+        result = json.loads((tmp_path / "out" / "synthetic.json").read_text())
+        rows, _ = synthetic.rows_and_layers(result["table"])
+        assert {name: set(held) for name, held in rows.items() if "," not in name} == {
+            "other": {"attention", "gla"},
+            "tiny": {"attention"},
+        }
+        assert rows["other"]["gla"]["learning_rate"] == 1e-3
+        (line,) = [line for line in printed.splitlines() if line.startswith("tiny, 2 pairs")]
+        assert line.split()[-1] == "-"  # gla was not trained on it
+        # Of unequal training no table is made.
+        mesanet("synthetic", "other", *output, "--resume", "--epochs", 2, fails="differ in epochs (1, not 2)")
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_time_limit(self, mesanet, tiny_task, tmp_path, jobs):
+        arguments = ("synthetic", "memorization", "-o", tmp_path / "out", "--layers", "attention,gla", "--no-plot")
+        began = time.monotonic()
+        printed = mesanet(*arguments, "--jobs", jobs, "--epochs", 10_000, "--time-limit", 2).stdout
+        assert time.monotonic() - began < 40
+        assert "2 trainings are not finished" in printed
+        assert json.loads((tmp_path / "out" / "synthetic.json").read_text())["table"] == []
+
+    def test_a_training_that_fails_does_not_end_the_others(self, mesanet, tiny_task, tmp_path, monkeypatch):
+        def broken(*arguments):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setitem(LAYERS, "gla", broken)
+        arguments = ("synthetic", tiny_task, "-o", tmp_path / "out", "--layers", "gla,attention", "--no-plot")
+        mesanet(*arguments, fails="1 of 2 trainings failed, among them tiny-gla")
+        assert [run["layer"] for run in json.loads((tmp_path / "out" / "synthetic.json").read_text())["runs"]] == [
+            "attention"
+        ]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -346,7 +405,31 @@ def test_jobs_run_in_processes_of_their_own(mesanet, tmp_path):
     arguments = ("synthetic", "memorization", "-o", tmp_path / "out", "--layers", "attention,gla", "--epochs", 1)
     mesanet(*arguments, "--jobs", 2, "--no-plot")
     runs = json.loads((tmp_path / "out" / "synthetic.json").read_text())["runs"]
-    assert [(run["layer"], run["steps"]) for run in runs] == [("attention", 2), ("gla", 2)]
+    assert [(run["layer"], run["steps"]) for run in runs] == [("gla", 2), ("attention", 2)]
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """They would hold the GPU for good."""
+    psutil = pytest.importorskip("psutil")
+    seeds = ",".join(map(str, range(500)))
+    command = ["synthetic", "memorization", "-o", tmp_path, "--layers", "attention", "--epochs", 1, "--seeds", seeds]
+    code = "import sys; from modeling_mesanet.cli import app; app(sys.argv[1:])"
+    arguments = [sys.executable, "-c", code, *map(str, command), "--jobs", "2", "--resume"]
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "synthetic.json").exists():
+            assert parent.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert len(workers) >= 2
+    assert not alive
+    # What was finished is there, in a table, too.
+    assert json.loads((tmp_path / "synthetic.json").read_text())["mixed_precision"] == "no"
 
 
 def test_groups_are_tasks():
