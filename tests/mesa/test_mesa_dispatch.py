@@ -583,13 +583,13 @@ class TestFusedLinears:
             return True
 
         with mock.patch.object(mesa_layers, "use_fused_linears", spy):
-            for batch in (1, 3, 8, 9, 16):
-                assert fuses_linears(torch.zeros(batch, 1, 24), self.SIZES, "auto")
-            assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16]
+            for batch, tokens in ((1, 1), (3, 1), (8, 1), (9, 1), (16, 1), (17, 1), (200, 1), (1, 5000)):
+                assert fuses_linears(torch.zeros(batch, tokens, 24), self.SIZES, "auto")
+            # All batches of more than FEW_ROWS are one.
+            assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16, 32, 32, 32]
             assert seen[0][1:] == ("auto", self.NUMBERS)
-            assert not fuses_linears(torch.zeros(17, 1, 24), self.SIZES)
             assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), self.SIZES)
-            assert len(seen) == 5
+            assert len(seen) == 8
 
     def test_decided_while_a_compiler_traces(self):
         torch._dynamo.reset()
