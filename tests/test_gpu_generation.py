@@ -169,7 +169,7 @@ def sample() -> dict:
 
 STEP_TABLE = """\
 | short, batch 1 | at most 2 | 1.90 (526 tokens/s) | 20.00 (50 tokens/s) | 56.80 (17.6 tokens/s) \
-| 3.00 (333 tokens/s) | wrong or broken |
+| 3.00 (333 tokens/s) | failed |
 | short, batch 8 | at most 2.1 | 2.20 (3,636 tokens/s), missed | - | - | - | - |
 | 32,768 tokens, batch 1 | at most 2 | 1.91 (524 tokens/s) | - | - | 9.00 (111 tokens/s) | - |
 """
@@ -180,6 +180,7 @@ def test_table(scripts):
     assert text.startswith("| ms a step through `generate()` | goal on an H200 | ours, static cache |")
     assert STEP_TABLE in text
     for sentence in (
+        "Not timed: Llama, dynamic cache, short, batch 1 (OutOfMemoryError: all).",
         "at once ours 300 ms (1.5 times the peer's speed, missed), peer 450 ms; "
         "in chunks of 8,192 ours 310 ms (3.0 times the peer's speed), peer 930 ms.",
         "at most 20 s wanted: 21.0 s, missed, 4.0 s of them to import; "

@@ -303,7 +303,7 @@ def step_row(results: dict, batch: int, context: int) -> str:
     def cell(operator: str, cache: str) -> str:
         row = find(results, "steps", operator=operator, cache=cache, batch=batch, context=context)
         if "ms" not in row:
-            return "wrong or broken" if "failed" in row else "-"
+            return "failed" if "failed" in row else "-"
         goal = STEP_GOALS.get(batch, math.inf) if (operator, cache) == ("mesa", "static") else math.inf
         missed = ", missed" if not row["ms"] <= goal else ""
         return f"{row['ms']:.2f} ({significant(row['tokens_per_second'])} tokens/s){missed}"
@@ -314,9 +314,22 @@ def step_row(results: dict, batch: int, context: int) -> str:
     return f"| {before}, batch {batch} | {goal} | {cells} |"
 
 
+def failed_steps(results: dict) -> str:
+    """Why rows of the table of steps have no time; each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for row in results.get("steps", []):
+        if "failed" in row:
+            before = f"{row['context']:,} tokens" if row["context"] else "short"
+            case = f"{OPERATORS[row['operator']]}, {row['cache']} cache, {before}, batch {row['batch']}"
+            reasons.setdefault(row["failed"], []).append(case)
+    return "; ".join(f"{' and '.join(cases)} ({reason})" for reason, cases in reasons.items())
+
+
 def generation_notes(results: dict) -> list[str]:
     """Prefill, first token and memory, each a sentence with its goal; what was not measured is left out."""
     notes = []
+    if failed := failed_steps(results):
+        notes.append(f"Not timed: {failed}.")
     times = []
     for chunk in sorted({row["chunk"] for row in results.get("prefill", [])}, reverse=True):
         rows = {name: find(results, "prefill", operator=name, chunk=chunk) for name in OPERATORS}
