@@ -176,6 +176,11 @@ def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16) and type(weight) is nn.Parameter
 
 
+def reshape_stats(stats: SolverStats | None, shape: torch.Size) -> SolverStats | None:
+    """Statistics of `[B, T, d]` inputs, `shape`: those of packed rows lie in one."""
+    return None if stats is None else SolverStats(*(values.reshape(*shape[:2], -1) for values in stats))
+
+
 class MesaNetMixer(nn.Module):
     """The Mesa layer (section 3 of arXiv 2506.05233): projections, convolutions, gates, solve, head norm, output."""
 
@@ -213,9 +218,15 @@ class MesaNetMixer(nn.Module):
 
     def gates(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Input strength beta and log forget strength, float32 `[B, T, H]`; a pad neither writes nor forgets."""
+        return self.gates_of_logits(self.beta_proj(x), self.gamma_proj(x), mask)
+
+    def gates_of_logits(
+        self, beta_logit: torch.Tensor, gamma_logit: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gates`, of what the projections give, `[B, T, H]`."""
         biases = upcast(self.beta_bias), upcast(self.gamma_bias)
-        logits = self.beta_proj(x), self.gamma_proj(x)
-        return gates(*logits, *biases, self.config.forget_gate_bound, mask, self.config.kernel_backend)
+        bound, backend = self.config.forget_gate_bound, self.config.kernel_backend
+        return gates(beta_logit, gamma_logit, *biases, bound, mask, backend)
 
     def regularizer(self) -> torch.Tensor:
         """The diagonal of Lambda, float32 `[H, K]`."""
@@ -241,24 +252,47 @@ class MesaNetMixer(nn.Module):
         Returns:
             `[B, T, d]`, and the statistics where they are wanted.
         """
-        cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         shape = hidden_states.shape
         if cu_seqlens is not None:  # packed sequences may run on from row to row
             hidden_states = hidden_states.reshape(1, -1, shape[-1])
-        config, length = self.config, hidden_states.shape[1]
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
+        o, stats = self.mix(
+            q, k, v, gate, beta_logit, gamma_logit, attention_mask, past_key_values, cu_seqlens, solver
+        )
+        return self.o_proj(o).reshape(shape), reshape_stats(stats, shape)
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor | None,
+        beta_logit: torch.Tensor,
+        gamma_logit: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        cu_seqlens: torch.Tensor | None,
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
+        """From the projections of `[B, T, d]` up to the output projection, `[B, T, H * V]`; arguments as in `forward`.
+
+        Args:
+            q, k, v, gate: `[B, T, H * K]` or `[B, T, H * V]`; `gate` is None without an output gate.
+            beta_logit, gamma_logit: float32 `[B, T, H]`, without their biases.
+        """
+        cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        config, length = self.config, q.shape[1]
         recording = cache is not None and cache.record_past
         in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
         if in_place:
             cache.make_writable()
         state = None if cache is None else cache.recurrent_state()
         # One launch would keep to itself what taking the token back needs.
-        if in_place and state is not None and not recording and self.decodes_in_one_launch(hidden_states):
-            gate = None if self.output_gate_proj is None else self.output_gate_proj(hidden_states)
-            with maybe_autocast(hidden_states.device.type, enabled=False):
-                beta_logit, gamma_logit = self.beta_proj(hidden_states), self.gamma_proj(hidden_states)
-            o, stats = self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
-            return self.o_proj(o), stats
+        if in_place and state is not None and not recording and self.decodes_in_one_launch(q):
+            return self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
         def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
@@ -272,8 +306,8 @@ class MesaNetMixer(nn.Module):
             v, v_state = convolve(self.v_conv, v, CONV_V)
             conv_states.append(v_state)
 
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            beta, log_gamma = self.gates(hidden_states, attention_mask)
+        with maybe_autocast(q.device.type, enabled=False):
+            beta, log_gamma = self.gates_of_logits(beta_logit, gamma_logit, attention_mask)
             lam = self.regularizer()
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         if recording:  # before the states change
@@ -300,14 +334,9 @@ class MesaNetMixer(nn.Module):
         if cache is not None:
             cache.write(conv_states, output.final_state, length)
 
-        gate = None
-        if self.output_gate_proj is not None:
-            gate = self.output_gate_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        o = self.o_norm(output.o, gate)
+        o = self.o_norm(output.o, None if gate is None else gate.unflatten(-1, (self.num_heads, -1)))
         stats = output.stats
-        if stats is not None:  # packed rows lie in one
-            stats = SolverStats(*(values.detach().reshape(*shape[:2], self.num_heads) for values in stats))
-        return self.o_proj(o.flatten(2)).reshape(shape), stats
+        return o.flatten(2), None if stats is None else SolverStats(*(values.detach() for values in stats))
 
     def input_weights(self) -> tuple[list[torch.Tensor], int]:
         """The weights of all projections of the layer's input, and how many come before those of the gates."""
@@ -407,10 +436,10 @@ class MesaNetMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Where one token's projections have kernels of their own, and its logits a product.
+# Where the projections of a layer have kernels of their own, and the logits of a token a product.
 FUSED_DEVICES = ("cuda",)
 
-# What the parts of a layer must be for `MesaNetDecoderLayer.decode` to know what they compute.
+# What the parts of a layer must be for `MesaNetDecoderLayer.compute_fused` to know what they compute.
 LAYER_PARTS = {
     **dict.fromkeys(("mixer_norm", "mlp_norm"), (MesaNetRMSNorm,)),
     "mixer": (MesaNetMixer,),
@@ -503,35 +532,25 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `[B, T, d]`; paired with the solver's statistics where they are wanted.
         """
-        if past_key_values is not None and self.decodes_fused(hidden_states, past_key_values):
-            cache = past_key_values.layers[self.mixer.layer_idx]
-            hidden_states, stats = self.decode(hidden_states, attention_mask, cache, solver)
-            return hidden_states if stats is None else (hidden_states, stats)
-        mixed, stats = self.mixer(
-            self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens, solver=solver
-        )
-        hidden_states = hidden_states + mixed
-        # A compiler fuses what stands around the products itself.
-        if not torch.compiler.is_compiling() and self.is_fusible(hidden_states):
-            hidden_states = self.add_mlp(hidden_states)
+        if self.is_fusible(hidden_states, past_key_values):
+            hidden_states, stats = self.compute_fused(
+                hidden_states, attention_mask, past_key_values, cu_seqlens, solver
+            )
         else:
+            mixed, stats = self.mixer(
+                self.mixer_norm(hidden_states), attention_mask, past_key_values, cu_seqlens, solver=solver
+            )
+            hidden_states = hidden_states + mixed
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states if stats is None else (hidden_states, stats)
 
-    def decodes_fused(self, hidden_states: torch.Tensor, past_key_values: Cache) -> bool:
-        """Whether `decode` may stand for the modules: one token, and what `is_fusible` asks for."""
-        mixer = self.mixer
-        if hidden_states.shape[1] != 1 or not self.is_fusible(hidden_states):
-            return False
-        if not mixer.decodes_in_one_launch(hidden_states):
-            return False
-        cache = past_key_values.layers[mixer.layer_idx]
-        return not cache.record_past and cache.recurrent_state() is not None
-
-    def is_fusible(self, hidden_states: torch.Tensor) -> bool:
-        """Whether fused calls may stand for the projections: no gradients, a GPU, and nobody else has a say."""
+    def is_fusible(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> bool:
+        """Whether `compute_fused` may stand for the modules: no gradients, a GPU, and nobody else has a say."""
         mixer = self.mixer
         if hidden_states.device.type not in FUSED_DEVICES or torch.is_grad_enabled():
+            return False
+        # Of a step, a compiler fuses what stands around the products itself.
+        if torch.compiler.is_compiling() and (past_key_values is None or hidden_states.shape[1] != 1):
             return False
         if type(mixer) is not MesaNetMixer or torch.is_autocast_enabled(hidden_states.device.type):
             return False
@@ -557,29 +576,33 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         dtype, device = hidden_states.dtype, hidden_states.device
         return all(weight.dtype == dtype and weight.device == device for weight in found.weights)
 
-    def decode(
+    def compute_fused(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: MesaNetCacheLayer,
+        past_key_values: Cache | None,
+        cu_seqlens: torch.Tensor | None,
         solver: Solver,
     ) -> tuple[torch.Tensor, SolverStats | None]:
-        """One token in five fused calls; updates `cache` in place."""
-        mixer = self.mixer
-        cache.make_writable()
+        """What the modules compute, with what surrounds their products in the same calls; arguments as in `forward`."""
+        mixer, mlp, norm = self.mixer, self.mlp, self.mixer_norm
+        shape = hidden_states.shape
+        if cu_seqlens is not None:  # packed sequences may run on from row to row
+            hidden_states = hidden_states.reshape(1, -1, shape[-1])
         weights, rounded = mixer.input_weights()
-        norm = self.mixer_norm
-        *values, beta_logit, gamma_logit = norm_linears(hidden_states, norm.weight, norm.eps, weights, rounded)
+        projected, residual = norm_linears(hidden_states, norm.weight, norm.eps, weights, rounded)
+        *values, beta_logit, gamma_logit = projected
         q, k, v, gate = values if len(values) == 4 else (*values, None)
-        o, stats = mixer.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
-        hidden_states = add_linear(o, mixer.o_proj.weight, hidden_states)
-        return self.add_mlp(hidden_states), stats
-
-    def add_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` and the MLP of its norm, in two fused calls."""
-        norm, mlp = self.mlp_norm, self.mlp
+        o, stats = mixer.mix(
+            q, k, v, gate, beta_logit, gamma_logit, attention_mask, past_key_values, cu_seqlens, solver
+        )
+        # The layer's input belongs to others, too; what is made here does not.
+        overwrite = residual is not hidden_states
+        hidden_states = add_linear(o, mixer.o_proj.weight, residual, overwrite)
+        norm = self.mlp_norm
         gated = norm_gated_linears(hidden_states, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
-        return add_linear(gated, mlp.down_proj.weight, hidden_states)
+        hidden_states = add_linear(gated, mlp.down_proj.weight, hidden_states, overwrite=True).reshape(shape)
+        return hidden_states, reshape_stats(stats, shape)
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):

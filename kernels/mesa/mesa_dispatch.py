@@ -217,10 +217,10 @@ def use_fused_linears(
     intermediate: int,
     *outputs: int,
 ) -> bool:
-    """Whether to run a layer's projections of one token in `mesa_triton_linear`.
+    """Whether to run a layer's projections in `mesa_triton_linear`.
 
     Args:
-        rows: of the batch, rounded up to a power of two; 32 stands for all above 16.
+        rows: tokens of all sequences, rounded up to a power of two; 32 stands for those from 17 on, 512 for 512 or more.
         backend: as in `mesa_attention`.
         hidden, value_channels, intermediate, outputs: as in `mesa_layers.fuses_linears`.
 
@@ -246,7 +246,7 @@ def linears_are_right(device: torch.device, dtype: torch.dtype, rows: int, sizes
     if problem is not None:
         FAULTY.add((device, dtype, rows, sizes))
         warnings.warn(
-            f"The Triton kernels for the projections of a decoding step do not work on {device} ({problem}); torch "
+            f"The Triton kernels for the projections of a layer do not work on {device} ({problem}); torch "
             f"computes instead, more slowly. {BACKEND_VARIABLE}=torch avoids the attempt.",
             stacklevel=2,
         )

@@ -27,6 +27,9 @@ LONGEST_NORM = 8192
 
 # Rows up to which the projections of a decoding step have kernels of their own; with more, torch's products pay.
 FEW_ROWS = 16
+# Rows from which a program of the norm takes several of them: with one each, weights of few outputs are read from the L2
+# cache for every row.
+MANY_ROWS = 512
 
 
 # A constant to whoever compiles a model: the answer for a device does not change.
@@ -100,34 +103,46 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
     if x.dtype not in TRITON_DTYPES:
         return False
     # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two, and
-    # once for all batches of more than FEW_ROWS.
+    # twice for all batches of more than FEW_ROWS.
     rows, tokens = 1, x.shape[0] * x.shape[1]
     while rows < tokens and rows <= FEW_ROWS:
         rows *= 2
+    if tokens >= MANY_ROWS:
+        rows = MANY_ROWS
     hidden, outputs, value_channels, intermediate = sizes
     # Numbers one by one, because a compiler does not take a tuple for a constant.
     return use_fused_linears(x.device, x.dtype, rows, backend, hidden, value_channels, intermediate, *outputs)
 
 
-def run_linear(name: str, *arguments):
-    """Call the operator `name` of `mesa_triton_linear`; past the dispatcher, where no compiler must see it."""
+def run_linear(name: str, *arguments, **options):
+    """Call the operator `name` of `mesa_triton_linear`; past the dispatcher, where no compiler must see it.
+
+    `options` are what a compiler decides by itself: where to copy and what to overwrite.
+    """
     if torch.compiler.is_compiling():
         return getattr(OPERATORS, name)(*arguments)
     from .mesa_triton_linear import LAUNCHES
 
-    return LAUNCHES[name](*arguments)
+    return LAUNCHES[name](*arguments, **options)
 
 
 def norm_linears(
     x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weights: list[torch.Tensor], rounded: int
-) -> list[torch.Tensor]:
-    """`mesa_triton_linear.launch_norm_linears`: projections of the normalised input, the first `rounded` rounded."""
-    return run_linear("norm_linears", x, norm_weight, eps, weights, rounded)
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`mesa_triton_linear.launch_norm_linears`: projections of the normalised input, the first `rounded` rounded.
+
+    Returns:
+        The projections; and `x` again or, where `add_linear` is faster in place, a copy of it.
+    """
+    if torch.compiler.is_compiling() or x.shape[0] * x.shape[1] <= FEW_ROWS:
+        return run_linear("norm_linears", x, norm_weight, eps, weights, rounded), x
+    copy = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return run_linear("norm_linears", x, norm_weight, eps, weights, rounded, copy=copy), copy
 
 
-def add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """`mesa_triton_linear.launch_add_linear`: `residual + x weight^T`."""
-    return run_linear("add_linear", x, weight, residual)
+def add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    """`mesa_triton_linear.launch_add_linear`: `residual + x weight^T`, perhaps in place if `overwrite`."""
+    return run_linear("add_linear", x, weight, residual, overwrite=overwrite)
 
 
 def norm_gated_linears(

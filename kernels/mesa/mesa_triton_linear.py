@@ -10,8 +10,8 @@ output, each projection's (but for those asked for in float32), SiLU's, the prod
 order of the sums. That order depends neither on the number of rows nor on what the others hold: a row gives the same
 bits in every batch of so few.
 
-With more rows, torch's matrix products pay. Around them stand kernels with a program or two for a row: the norm
-together with the projections of few outputs, and the gating; a residual is added before the sum is rounded.
+With more rows, torch's matrix products pay. Around them stand kernels: the norm together with the projections of few
+outputs and a copy of the residual, and the gating; a residual is added before the sum is rounded.
 
 Dimensions: B rows, K input size, N output size.
 """
@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .mesa_layers import FEW_ROWS
+from .mesa_layers import FEW_ROWS, MANY_ROWS
 from .mesa_library import NAMESPACE
-from .mesa_triton_layers import within
+from .mesa_triton_layers import launch_head_norm, within
 
 try:  # in a try block, so that an export of the model does not list triton as required
     import triton
@@ -80,6 +80,10 @@ TABLE = {
     ("add_linear", 4): FLOAT32,
     ("norm_gated_linears", 4): FLOAT32,
 }
+
+
+# From MANY_ROWS rows on, a program of the norm takes so many of them, and so many inputs at a time.
+TILE_ROWS, TILE_WIDTH = 16, 256
 
 
 @triton.jit
@@ -482,10 +486,11 @@ def norm_gated_linears_kernel(
 
 
 @triton.jit
-def norm_rows_kernel(
+def norm_row_kernel(
     x,
     norm_weight,
     normed,
+    copy,
     weights,
     outputs,
     epsilon,
@@ -499,12 +504,15 @@ def norm_rows_kernel(
     row, chosen = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < K
-    values = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+    loaded = tl.load(x + row * K + column, mask=inside, other=0.0)
+    values = loaded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(values * values, 0) / K + epsilon)
     scale = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
     rounded = (values * rstd * scale).to(normed.dtype.element_ty)
     if chosen == 0:
         tl.store(normed + row * K + column, rounded, mask=inside)
+        if copy is not None:
+            tl.store(copy + row * K + column, loaded, mask=inside)
     values = rounded.to(tl.float32)[None, :]
     for i in tl.static_range(COUNT):
         if chosen == i:
@@ -516,7 +524,67 @@ def norm_rows_kernel(
                 tl.store(outputs[i] + row * SIZES[i] + output, result, mask=output < SIZES[i])
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["rows"])
+def norm_tile_kernel(
+    x,
+    norm_weight,
+    normed,
+    copy,
+    weights,
+    outputs,
+    epsilon,
+    rows,
+    SIZES: tl.constexpr,
+    PADDED: tl.constexpr,
+    COUNT: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """As `norm_row_kernel`, ROWS rows a program and all weights on tensor cores; reads `x` twice, then from a cache.
+
+    PADDED is what SIZES are rounded up to, for all weights the same.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, output = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    there = (row < rows)[:, None]
+    offset = row[:, None] * K + column[None, :]
+    total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    for first in range(0, K, WIDTH):
+        values = tl.load(x + offset + first, mask=there & (first + column < K)[None, :], other=0.0).to(tl.float32)
+        total = tl.fma(values, values, total)
+    rstd = tl.rsqrt(tl.sum(total, 1) / K + epsilon)[:, None]
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros([ROWS, PADDED], dtype=tl.float32),)
+    for first in range(0, K, WIDTH):
+        inside = first + column < K
+        here = there & inside[None, :]
+        loaded = tl.load(x + offset + first, mask=here, other=0.0)
+        scale = tl.load(norm_weight + first + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = (loaded.to(tl.float32) * rstd * scale[None, :]).to(normed.dtype.element_ty)
+        tl.store(normed + offset + first, rounded, mask=here)
+        if copy is not None:
+            tl.store(copy + offset + first, loaded, mask=here)
+        new_sums = ()
+        for i in tl.static_range(COUNT):
+            existing = (output < SIZES[i])[None, :] & inside[:, None]
+            place = output[None, :] * K + (first + column)[:, None]
+            weight = tl.load(weights[i] + place, mask=existing, other=0.0)
+            if IN_FLOAT32:
+                product = tl.dot(rounded.to(tl.float32), weight.to(tl.float32), input_precision="ieee")
+            else:
+                product = tl.dot(rounded, weight)
+            new_sums += (sums[i] + product,)
+        sums = new_sums
+    for i in tl.static_range(COUNT):
+        place = row[:, None] * SIZES[i] + output[None, :]
+        tl.store(outputs[i] + place, sums[i], mask=there & (output < SIZES[i])[None, :])
+
+
+# Specialised on `count`: multiples of 16 let threads load and store 16 bytes at a time.
+@triton.jit
 def gate_rows_kernel(gate, up, count, BLOCK: tl.constexpr):
     """`silu(gate) * up`, in place of `gate`; `count` entries."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -534,27 +602,51 @@ def norm_rows(
     epsilon: float,
     weights: list[torch.Tensor],
     outputs: list[torch.Tensor],
+    copy: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The normalised rows of `x`; their projections by `weights` go to `outputs`, float32."""
+    """The normalised rows of `x`; their projections by `weights` go to `outputs`, float32, and `x` itself to `copy`."""
+    if not weights:
+        if copy is not None:
+            copy.copy_(x)
+        return launch_head_norm(x, norm_weight, epsilon, None)
     size = x.shape[-1]
+    rows = x.numel() // size
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(size)
+    arguments = {
+        "x": x.contiguous(),
+        "norm_weight": norm_weight.contiguous(),
+        "normed": normed,
+        "copy": copy,
+        "weights": tuple(weight.contiguous() for weight in weights),
+        "outputs": tuple(outputs),
+        "epsilon": epsilon,
+        "SIZES": tuple(weight.shape[0] for weight in weights),
+        "COUNT": len(weights),
+        "K": size,
+    }
     with torch.cuda.device_of(x):
-        norm_rows_kernel[(x.numel() // size, max(1, len(weights)))](
-            x=x.contiguous(),
-            norm_weight=norm_weight.contiguous(),
-            normed=normed,
-            weights=tuple(weight.contiguous() for weight in weights),
-            outputs=tuple(outputs),
-            epsilon=epsilon,
-            SIZES=tuple(weight.shape[0] for weight in weights),
-            COUNT=len(weights),
-            K=size,
-            BLOCK=block,
-            # 128 registers a thread hold so many rows of a weight.
-            ROWS=max(1, min(16, 32768 // block)),
-            num_warps=8,
-        )
+        if rows < MANY_ROWS:
+            block = triton.next_power_of_2(size)
+            norm_row_kernel[(rows, len(weights))](
+                **arguments,
+                BLOCK=block,
+                # 128 registers a thread hold so many rows of a weight.
+                ROWS=max(1, min(16, 32768 // block)),
+                num_warps=8,
+            )
+        else:
+            exact = x.dtype == torch.float32
+            norm_tile_kernel[(triton.cdiv(rows, TILE_ROWS),)](
+                **arguments,
+                rows=rows,
+                PADDED=max(16, triton.next_power_of_2(max(arguments["SIZES"]))),
+                # Of 4-byte numbers half as many, for the shared memory.
+                WIDTH=TILE_WIDTH // 2 if exact else TILE_WIDTH,
+                ROWS=TILE_ROWS,
+                IN_FLOAT32=exact or INTERPRETED,
+                num_warps=4,
+                num_stages=2,
+            )
     return normed
 
 
@@ -610,7 +702,12 @@ def check_inputs(x: torch.Tensor, norm_weight: torch.Tensor | None, weights: lis
 
 
 def launch_norm_linears(
-    x: torch.Tensor, norm_weight: torch.Tensor, epsilon: float, weights: list[torch.Tensor], rounded: int
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    weights: list[torch.Tensor],
+    rounded: int,
+    copy: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Several projections `[..., N_i]` of `x / sqrt(mean(x^2) + epsilon) * norm_weight`.
 
@@ -620,6 +717,7 @@ def launch_norm_linears(
         epsilon: added to the mean square, greater than 0.
         weights: `[N_i, K]` each, in the dtype of `x`.
         rounded: as many outputs, the first, take the dtype of `x`; the others are float32.
+        copy: contiguous, to be filled with `x`; of more than FEW_ROWS rows.
 
     Raises:
         ValueError: a shape or dtype does not fit, or there are no rows.
@@ -628,7 +726,7 @@ def launch_norm_linears(
     sizes = tuple(weight.shape[0] for weight in weights)
     if batch > FEW_ROWS:
         wide = [x.new_empty((*x.shape[:-1], size), dtype=torch.float32) for size in sizes[rounded:]]
-        normed = norm_rows(x, norm_weight, epsilon, weights[rounded:], wide)
+        normed = norm_rows(x, norm_weight, epsilon, weights[rounded:], wide, copy)
         return [F.linear(normed, weight) for weight in weights[:rounded]] + wide
     options = launch_options("norm_linears", x, batch)
     outputs = [
@@ -652,13 +750,16 @@ def launch_norm_linears(
     return outputs
 
 
-def launch_add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def launch_add_linear(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, overwrite: bool = False
+) -> torch.Tensor:
     """`residual + x weight^T`.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.
         weight: `[N, K]` in the dtype of `x`.
         residual: `[..., N]` in the dtype of `x`.
+        overwrite: nobody needs `residual` afterwards, so that with more than FEW_ROWS rows it need not be copied.
 
     Raises:
         ValueError: a shape or dtype does not fit, or there are no rows.
@@ -670,8 +771,8 @@ def launch_add_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Ten
             f"residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be {x.dtype} of {shape}."
         )
     if batch > FEW_ROWS:
-        rows, residual_rows = x.reshape(batch, -1), residual.reshape(batch, -1)
-        return torch.addmm(residual_rows, rows, weight.mT).view(shape)
+        rows, sums = x.reshape(batch, -1), residual.reshape(batch, -1)
+        return torch.addmm(sums, rows, weight.mT, out=sums if overwrite else None).view(shape)
     options = launch_options("add_linear", x, batch)
     y = x.new_empty(shape)
     with torch.cuda.device_of(x):
@@ -708,7 +809,7 @@ def launch_norm_gated_linears(
             f"gate_weight has shape {tuple(gate_weight.shape)}, up_weight {tuple(up_weight.shape)}; they must agree."
         )
     if batch > FEW_ROWS:
-        normed = norm_rows(x, norm_weight, epsilon, [], [])
+        normed = launch_head_norm(x, norm_weight, epsilon, None)
         return gate_rows(F.linear(normed, gate_weight), F.linear(normed, up_weight))
     options = launch_options("norm_gated_linears", x, batch)
     size = gate_weight.shape[0]
@@ -729,8 +830,18 @@ def launch_norm_gated_linears(
     return y
 
 
-norm_linears_op = torch.library.custom_op(f"{NAMESPACE}::norm_linears", launch_norm_linears, mutates_args=())
-add_linear_op = torch.library.custom_op(f"{NAMESPACE}::add_linear", launch_add_linear, mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_linears", mutates_args=())
+def norm_linears_op(
+    x: torch.Tensor, norm_weight: torch.Tensor, epsilon: float, weights: list[torch.Tensor], rounded: int
+) -> list[torch.Tensor]:
+    return launch_norm_linears(x, norm_weight, epsilon, weights, rounded)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::add_linear", mutates_args=())
+def add_linear_op(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return launch_add_linear(x, weight, residual)
+
+
 norm_gated_linears_op = torch.library.custom_op(
     f"{NAMESPACE}::norm_gated_linears", launch_norm_gated_linears, mutates_args=()
 )

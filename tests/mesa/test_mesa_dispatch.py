@@ -557,7 +557,7 @@ class TestFusedLinears:
             return y if called != name else [part * factor for part in y] if name == "norm_linears" else y * factor
 
         self.fault = fault
-        with pytest.warns(UserWarning, match=f"projections of a decoding step do not work on cpu .*{problem}"):
+        with pytest.warns(UserWarning, match=f"projections of a layer do not work on cpu .*{problem}"):
             assert not mesa_dispatch.use_fused_linears(*self.CASE)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not mesa_dispatch.use_fused_linears(*self.CASE)
@@ -585,8 +585,8 @@ class TestFusedLinears:
         with mock.patch.object(mesa_layers, "use_fused_linears", spy):
             for batch, tokens in ((1, 1), (3, 1), (8, 1), (9, 1), (16, 1), (17, 1), (200, 1), (1, 5000)):
                 assert fuses_linears(torch.zeros(batch, tokens, 24), self.SIZES, "auto")
-            # All batches of more than FEW_ROWS are one.
-            assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16, 32, 32, 32]
+            # Those of more than FEW_ROWS are two.
+            assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16, 32, 32, 512]
             assert seen[0][1:] == ("auto", self.NUMBERS)
             assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), self.SIZES)
             assert len(seen) == 8
