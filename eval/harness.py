@@ -9,6 +9,7 @@ model: `results_*.json` and `samples_*.jsonl`.
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -338,6 +339,8 @@ def _figures(results: dict) -> list[dict]:
                 metric, _, filtered = key.partition(",")
                 if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
+                if math.isnan(value):
+                    continue  # no document that the limit left is of this kind
                 stderr = values.get(f"{metric}_stderr,{filtered}")
                 figures.append(
                     {

@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from eval_inputs import save_checkpoint
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -218,6 +221,44 @@ class TestResults:
         assert arguments.tasks == ["mesanet_arc_challenge", "mesanet_arc_easy", "arc_easy"]
         assert arguments.num_fewshot == 3
         assert arguments.include_path == [str(harness.TASKS)]
+
+
+def launched(folder: Path, arguments: list) -> str:
+    """What is printed by two processes that share the documents as they would on two GPUs."""
+    program = folder / "program.py"
+    program.write_text(
+        "import sys, torch\n"
+        "torch.cuda.device_count = lambda: 2  # lm-eval shares documents out where it counts several GPUs\n"
+        "from modeling_mesanet.cli import app\n"
+        "app(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", program, *arguments]
+    variables = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(part) for part in command], env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_several_processes_share_the_documents(mesanet, model, data, tmp_path):
+    """With the figures of one process, and one table."""
+    tasks = ("piqa", "reversed_words_1shot", "wikitext", "books_2k", "mqar")
+    arguments = ["eval", "--tasks", ",".join(f"mesanet_{name}" for name in tasks), "--model", model]
+    arguments += ["--data-dir", data, "--limit", "5", "--batch_size", "4", "--gen_kwargs", "max_gen_toks=4"]
+    arguments += ["--metadata", '{"words": 3, "draws": 2, "pairs": [4, 5], "samples": 3}']
+    printed = launched(tmp_path, [*arguments, "--output", tmp_path / "two"])
+    assert printed.count("|mesanet_piqa") == 1
+    mesanet(*arguments, "--output", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert len(list((tmp_path / "two").glob("responses_*_rank*.db"))) == 2
+
+    def figures(summary):
+        return {(figure["task"], figure["metric"]): figure["value"] for figure in summary["figures"]}
+
+    assert ("mesanet_mqar", "score_5") in figures(one)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-5)
 
 
 class TestInterruption:
