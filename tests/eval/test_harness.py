@@ -111,6 +111,29 @@ class TestGroups:
         without_mean = {"mesanet_fewshot", "mesanet_perplexity"} | {f"mesanet_perplexity_{k}k" for k in (2, 4, 32)}
         assert {task for task, _ in figures} == set(index.all_tasks) - without_mean
 
+    def test_batches_and_pads_do_not_change_what_a_trained_model_scores(self, mesanet, data, tmp_path):
+        """The NLL of a token to 1e-5, where the solver is more exact than that."""
+        try:
+            modeling_mesanet.bundled_checkpoint()
+        except FileNotFoundError:
+            pytest.skip("the bundled checkpoint is not part of this installation")
+        tasks = ("piqa", "hellaswag", "boolq", "arc_easy", "lambada_perplexity")
+        found = []
+        for size in (1, 7):
+            arguments = ("--tasks", ",".join(f"mesanet_{name}" for name in tasks), "--data-dir", data, "--limit", 6)
+            options = ("--model_args", "cg_tolerance=1e-6", "--batch_size", size)
+            mesanet("eval", *arguments, *options, "--output", tmp_path / str(size))
+            replies = {}
+            for file in (tmp_path / str(size)).glob("*/samples_*.jsonl"):
+                name = file.name.removeprefix("samples_mesanet_").rpartition("_")[0]
+                for row in map(json.loads, file.read_text().splitlines()):
+                    for number, (likelihood, _, tokens) in enumerate(row["filtered_resps"]):
+                        replies[name, row["doc_id"], number] = float(likelihood) / int(tokens)
+            found.append(replies)
+        assert {name for name, *_ in found[0]} == set(tasks)
+        assert len(set(found[0].values())) > 40
+        assert found[1] == pytest.approx(found[0], abs=1e-5)
+
     def test_all_examples(self, mesanet, model, data):
         tasks = "mesanet_scrambling_100shot,mesanet_translation_50shot"
         options = ("--gen_kwargs", "max_gen_toks=2", "--metadata", "words=20")
