@@ -417,6 +417,28 @@ class TestMistakes:
             fails="lm-eval is not installed; install it with pip install 'modeling-mesanet[eval]'",
         )
 
+    @pytest.mark.parametrize(
+        ("option", "value", "words"),
+        [
+            ("--limit", "0", "--limit is 0; give a number of examples"),
+            ("--limit", "-3", "--limit is -3"),
+            ("--batch_size", "0", "--batch_size is '0'; give a whole number of at least 1, or auto"),
+            ("--batch_size", "many", "--batch_size is 'many'"),
+            ("--device", "warp", "--device is 'warp', which this machine"),
+        ],
+    )
+    def test_bad_values(self, mesanet, model, data, tmp_path, option, value, words):
+        arguments = ("--model", model, "--data-dir", data, "--output", tmp_path / "out")
+        mesanet("eval", "--tasks", "mesanet_piqa", *arguments, option, value, fails=words)
+        assert not (tmp_path / "out").exists()
+
+    def test_batch_size_found_out(self, model, data, monkeypatch, mesanet):
+        sizes = []
+        monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda _, arguments: sizes.append(arguments.batch_size))
+        for size in ("auto", "auto:4", "16"):
+            mesanet("eval", "--tasks", "mesanet_piqa", "--model", model, "--data-dir", data, "--batch_size", size)
+        assert sizes == ["auto", "auto:4", "16"]
+
     def test_unknown_option(self, mesanet, model, data):
         evaluate(mesanet, model, data, "--sing", code=2)
 
