@@ -6,10 +6,13 @@ so far (`responses_*.db`, from which an interrupted run goes on), and lm-eval's 
 model: `results_*.json` and `samples_*.jsonl`.
 """
 
+import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -81,6 +84,7 @@ def evaluate(
         arguments = cli.parse_args()
     finally:
         sys.argv = argv
+    _check_numbers(arguments)
     given = dict(arguments.model_args or {})
     if getattr(arguments, "trust_remote_code", False):
         given["trust_remote_code"] = True
@@ -132,6 +136,18 @@ def evaluate(
     cli.execute(arguments)
     if main_process:
         _finish(folder, settings)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse what lm-eval would only stumble over, some of it after the model is loaded, or never end with."""
+    limit = getattr(arguments, "limit", None)
+    if limit is not None and not limit > 0:
+        raise UsageError(
+            f"--limit is {limit:g}; give a number of examples of each task, or a share of them between 0 and 1."
+        )
+    size = str(getattr(arguments, "batch_size", 1))
+    if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", size):
+        raise UsageError(f"--batch_size is '{size}'; give a whole number of at least 1, or auto.")
 
 
 class ChosenTasks(NamedTuple):
@@ -338,6 +354,8 @@ def _figures(results: dict) -> list[dict]:
                 metric, _, filtered = key.partition(",")
                 if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
+                if math.isnan(value):
+                    continue  # no document that the limit left is of this kind
                 stderr = values.get(f"{metric}_stderr,{filtered}")
                 figures.append(
                     {

@@ -394,6 +394,12 @@ def deviation_over_draws(items: list[tuple[int, float]]) -> float:
     return statistics.stdev(map(mean, draws.values())) if len(draws) > 1 else 0.0
 
 
+def mean_where_known(items: list[float | None]) -> float:
+    """Mean of the numbers among `items`; NaN without any."""
+    known = [item for item in items if item is not None]
+    return mean(known) if known else float("nan")
+
+
 class Generated(MesaNetTask):
     """Documents made from `metadata.seed`; a score for all of them, and one for each value of what is varied.
 
@@ -423,12 +429,19 @@ class Generated(MesaNetTask):
     def make(self, metadata: dict, value: int) -> list[dict]:
         raise NotImplementedError
 
+    @cached_property
+    def values(self) -> list[int]:
+        """What the varied field takes, in rising order."""
+        return sorted(set(self.dataset[self.evaluated_split][self.by]))
+
     def scores(self, doc: dict, score: float) -> dict:
-        return {SCORE: score, f"{SCORE}_{doc[self.by]}": score}
+        # The same names for every document, as lm-eval wants from each of several processes, which may not have
+        # documents of all values.
+        parts = {f"{SCORE}_{value}": score if value == doc[self.by] else None for value in self.values}
+        return {SCORE: score, **parts}
 
     def aggregation(self) -> dict:
-        values = {f"{SCORE}_{value}": mean for value in set(self.dataset[self.evaluated_split][self.by])}
-        return {**super().aggregation(), **values}
+        return {**super().aggregation(), **{f"{SCORE}_{value}": mean_where_known for value in self.values}}
 
     def higher_is_better(self) -> dict:
         return dict.fromkeys(self.aggregation(), True)

@@ -627,6 +627,9 @@ def evaluate(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder for results and samples; goes on after interruption.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to run on, such as cpu or cuda:1.", show_default="a GPU if there is one")
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence at most.", show_default="what the tasks need")
@@ -638,6 +641,7 @@ def evaluate(
     from .eval.harness import evaluate
 
     with _evaluation(context):
+        placed = [] if device is None else ["--device", str(_check_device(device))]
         evaluate(
             model,
             tasks,
@@ -647,7 +651,7 @@ def evaluate(
             max_length=max_length,
             overwrite=overwrite,
             skip_missing=skip_missing,
-            options=context.args,
+            options=[*context.args, *placed],
         )
 
 

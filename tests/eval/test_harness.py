@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from eval_inputs import save_checkpoint
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -107,6 +110,29 @@ class TestGroups:
         index = TaskManager(include_path=str(harness.TASKS), include_defaults=False)
         without_mean = {"mesanet_fewshot", "mesanet_perplexity"} | {f"mesanet_perplexity_{k}k" for k in (2, 4, 32)}
         assert {task for task, _ in figures} == set(index.all_tasks) - without_mean
+
+    def test_batches_and_pads_do_not_change_what_a_trained_model_scores(self, mesanet, data, tmp_path):
+        """The NLL of a token to 1e-5, where the solver is more exact than that."""
+        try:
+            modeling_mesanet.bundled_checkpoint()
+        except FileNotFoundError:
+            pytest.skip("the bundled checkpoint is not part of this installation")
+        tasks = ("piqa", "hellaswag", "boolq", "arc_easy", "lambada_perplexity")
+        found = []
+        for size in (1, 7):
+            arguments = ("--tasks", ",".join(f"mesanet_{name}" for name in tasks), "--data-dir", data, "--limit", 6)
+            options = ("--model_args", "cg_tolerance=1e-6", "--batch_size", size)
+            mesanet("eval", *arguments, *options, "--output", tmp_path / str(size))
+            replies = {}
+            for file in (tmp_path / str(size)).glob("*/samples_*.jsonl"):
+                name = file.name.removeprefix("samples_mesanet_").rpartition("_")[0]
+                for row in map(json.loads, file.read_text().splitlines()):
+                    for number, (likelihood, _, tokens) in enumerate(row["filtered_resps"]):
+                        replies[name, row["doc_id"], number] = float(likelihood) / int(tokens)
+            found.append(replies)
+        assert {name for name, *_ in found[0]} == set(tasks)
+        assert len(set(found[0].values())) > 40
+        assert found[1] == pytest.approx(found[0], abs=1e-5)
 
     def test_all_examples(self, mesanet, model, data):
         tasks = "mesanet_scrambling_100shot,mesanet_translation_50shot"
@@ -218,6 +244,44 @@ class TestResults:
         assert arguments.tasks == ["mesanet_arc_challenge", "mesanet_arc_easy", "arc_easy"]
         assert arguments.num_fewshot == 3
         assert arguments.include_path == [str(harness.TASKS)]
+
+
+def launched(folder: Path, arguments: list) -> str:
+    """What is printed by two processes that share the documents as they would on two GPUs."""
+    program = folder / "program.py"
+    program.write_text(
+        "import sys, torch\n"
+        "torch.cuda.device_count = lambda: 2  # lm-eval shares documents out where it counts several GPUs\n"
+        "from modeling_mesanet.cli import app\n"
+        "app(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", program, *arguments]
+    variables = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(part) for part in command], env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_several_processes_share_the_documents(mesanet, model, data, tmp_path):
+    """With the figures of one process, and one table."""
+    tasks = ("piqa", "reversed_words_1shot", "wikitext", "books_2k", "mqar")
+    arguments = ["eval", "--tasks", ",".join(f"mesanet_{name}" for name in tasks), "--model", model]
+    arguments += ["--data-dir", data, "--limit", "5", "--batch_size", "4", "--gen_kwargs", "max_gen_toks=4"]
+    arguments += ["--metadata", '{"words": 3, "draws": 2, "pairs": [4, 5], "samples": 3}']
+    printed = launched(tmp_path, [*arguments, "--output", tmp_path / "two"])
+    assert printed.count("|mesanet_piqa") == 1
+    mesanet(*arguments, "--output", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert len(list((tmp_path / "two").glob("responses_*_rank*.db"))) == 2
+
+    def figures(summary):
+        return {(figure["task"], figure["metric"]): figure["value"] for figure in summary["figures"]}
+
+    assert ("mesanet_mqar", "score_5") in figures(one)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-5)
 
 
 class TestInterruption:
@@ -352,6 +416,28 @@ class TestMistakes:
             data,
             fails="lm-eval is not installed; install it with pip install 'modeling-mesanet[eval]'",
         )
+
+    @pytest.mark.parametrize(
+        ("option", "value", "words"),
+        [
+            ("--limit", "0", "--limit is 0; give a number of examples"),
+            ("--limit", "-3", "--limit is -3"),
+            ("--batch_size", "0", "--batch_size is '0'; give a whole number of at least 1, or auto"),
+            ("--batch_size", "many", "--batch_size is 'many'"),
+            ("--device", "warp", "--device is 'warp', which this machine"),
+        ],
+    )
+    def test_bad_values(self, mesanet, model, data, tmp_path, option, value, words):
+        arguments = ("--model", model, "--data-dir", data, "--output", tmp_path / "out")
+        mesanet("eval", "--tasks", "mesanet_piqa", *arguments, option, value, fails=words)
+        assert not (tmp_path / "out").exists()
+
+    def test_batch_size_found_out(self, model, data, monkeypatch, mesanet):
+        sizes = []
+        monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda _, arguments: sizes.append(arguments.batch_size))
+        for size in ("auto", "auto:4", "16"):
+            mesanet("eval", "--tasks", "mesanet_piqa", "--model", model, "--data-dir", data, "--batch_size", size)
+        assert sizes == ["auto", "auto:4", "16"]
 
     def test_unknown_option(self, mesanet, model, data):
         evaluate(mesanet, model, data, "--sing", code=2)

@@ -2,6 +2,7 @@
 """The tasks: their rows, prompts and scores, against lm-eval's own tasks and against the model itself."""
 
 import json
+import math
 import re
 from pathlib import Path
 from random import Random
@@ -426,8 +427,8 @@ class TestGenerated:
             assert doc["length"] - 60 < task.count_tokens(doc["text"]) <= doc["length"]
         doc = task.eval_docs[1]
         value = doc["answers"][0][0]
-        assert task.process_results(doc, [f" {value}. And"]) == {"score": 1.0, "score_300": 1.0}
-        assert task.process_results(doc, [value[:-1]]) == {"score": 0.0, "score_300": 0.0}
+        assert task.process_results(doc, [f" {value}. And"]) == {"score": 1.0, "score_128": None, "score_300": 1.0}
+        assert task.process_results(doc, [value[:-1]]) == {"score": 0.0, "score_128": None, "score_300": 0.0}
 
     def test_passkey(self, local, load):
         task = load("passkey", lengths=[300], samples=3)
@@ -450,7 +451,21 @@ class TestGenerated:
         assert doc["pairs"] == 9
         assert requests[-1].args[0].count("\n") == 9 + 1 + 2  # pairs, a blank line, earlier questions
         scores = task.process_results(doc, [(-1.0, True), (-1.0, False), (-1.0, True)])
-        assert scores == {"score": pytest.approx(2 / 3), "score_9": pytest.approx(2 / 3)}
+        assert scores == {"score": pytest.approx(2 / 3), "score_4": None, "score_9": pytest.approx(2 / 3)}
+
+    def test_scores_by_what_varies(self, local, load, folder):
+        """Means of their own documents; NaN where a limit left none."""
+        task = load("mqar", pairs=[4, 5, 6], samples=2, queries=2)
+        replies = iter([(True, True), (True, False), (False, False)])
+        scores = [
+            task.process_results(doc, [(-1.0, greedy) for greedy in next(replies)]) for doc in list(task.eval_docs)[:3]
+        ]
+        aggregation = task.aggregation()
+        means = {name: aggregation[name]([score[name] for score in scores]) for name in scores[0]}
+        assert means == {"score": 0.5, "score_4": 1.0, "score_5": 0.5, "score_6": 0.0}
+        results = run([task], folder, limit=2)[1]["results"]["mesanet_mqar"]
+        assert math.isnan(results["score_6,none"])
+        assert 0 <= results["score_5,none"] <= 1
 
     @pytest.mark.parametrize(
         ("name", "metadata", "words"),
