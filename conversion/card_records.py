@@ -69,6 +69,7 @@ def read_training(file: Path) -> dict[str, str]:
 def _own_training(log: dict) -> dict[str, str]:
     recipe, data, run = log["recipe"], log["data"]["train"], log["runs"][0]
     hardware, versions = run["hardware"], run["versions"]
+    head_norm = recipe.get("head_norm_eps")
     return {
         "Corpus": (
             f"{data['documents']} documents, {data['bytes']:,} bytes, {data['tokens']:,} tokens (`{data['file']}`, "
@@ -83,7 +84,8 @@ def _own_training(log: dict) -> dict[str, str]:
             f"decay {recipe['weight_decay']} (none on embeddings, norms, gate biases and the regulariser), peak rate "
             f"{recipe['learning_rate']} after {recipe['warmup_steps']} steps of warm-up, cosine to "
             f"{100 * recipe['final_learning_rate_ratio']:.0f} % of it, clip {recipe['gradient_clip']}; solver "
-            f"tolerance {recipe['cg_tolerance']}."
+            f"tolerance {recipe['cg_tolerance']}"
+            + ("." if head_norm is None else f"; epsilon {head_norm} in the norm of each head's output.")
         ),
         "Hardware and time": (
             f"{hardware['accelerators'] or 'no'} {hardware['accelerator'] or 'accelerator'}, "
@@ -281,13 +283,22 @@ def _perplexity(content: dict) -> Evaluation:
         f"By `mesanet perplexity` in {settings['dtype']}, on {texts}, each window begun with an empty state, every "
         f"token predicted once:\n\n{_table(header, rows)}"
     ]
+    training = content["training_length"]
+    longest = max((int(length) for length in content["lengths"] if length.isdecimal()), default=0)
+    if str(training) in content["lengths"] and longest > training:
+        change = content["lengths"][str(longest)]["nll"] - content["lengths"][str(training)]["nll"]
+        tables.append(
+            f"The training length is {training:,} tokens; windows {longest / training:g} times as long change the "
+            f"loss of the same tokens by {change:+.4f} nats."
+        )
     if content["extrapolation"] is not None:
         rows = [
             (f"{entry['from'] + 1:,} to {entry['to']:,}", f"{entry['tokens']:,}", f"{entry['perplexity']:.2f}")
             for entry in content["extrapolation"].values()
         ]
         tables.append(
-            f"Within and beyond the training length:\n\n{_table(['position', 'tokens', 'perplexity a token'], rows)}"
+            "Within and beyond the training length, which is other text:\n\n"
+            f"{_table(['position', 'tokens', 'perplexity a token'], rows)}"
         )
     return Evaluation(found, tables, [])
 
@@ -307,7 +318,26 @@ def _compute_sweep(content: dict) -> Evaluation:
         f"What they cost in quality, by `mesanet compute-sweep` in {settings['dtype']}, on windows of "
         f"{settings['length']:,} tokens of {texts}; row 1 is this checkpoint's own setting:"
     )
-    return Evaluation([], [], [f"{about}\n\n{_table([*header, *tasks], rows)}"])
+    table = f"{about}\n\n{_table([*header, *tasks], rows)}"
+    return Evaluation([], [], [table, *_fixed_steps(content["sweep"])])
+
+
+# Losses that differ by no more are called the same, in nats a token.
+_SAME_LOSS = 1e-3
+
+
+def _fixed_steps(sweep: list[dict]) -> list[str]:
+    """What fixed numbers of steps buy, as a sentence, or nothing where none were tried."""
+    fixed = {entry["max_steps"]: entry["difference"] for entry in sweep[1:] if entry["tolerance"] is None}
+    said = []
+    if 0 in fixed:
+        said.append(f"without the solver (0 steps) the loss differs from row 1's by {fixed[0]:+.4f} nats")
+        if worse := [str(steps) for steps, difference in fixed.items() if difference > fixed[0]]:
+            said.append(f"{' or '.join(worse)} steps are worse than none")
+    different = [steps for steps, difference in fixed.items() if abs(difference) > _SAME_LOSS]
+    if enough := [steps for steps in fixed if steps > max(different, default=-1)]:
+        said.append(f"from {min(enough)} steps on it is the same within {_SAME_LOSS:g}")
+    return [f"With fixed steps: {'; '.join(said)}."] if said else []
 
 
 def read_certificate(file: Path, checkpoint: Checkpoint) -> dict:

@@ -510,6 +510,8 @@ def plot_sweep(path: Path, result: dict, measured: dict[str, dict[str, np.ndarra
         loss = PositionSums(arrays["nats"], np.full(length, count)).binned(edges)
         steps = PositionSums(arrays["steps"].mean(axis=(0, 2)), np.ones(length, np.int64)).binned(edges)
         style = {"color": "black", "linewidth": 2} if name == OWN else {}
+        if entries[name] in families["tolerance"]:
+            style = {"linestyle": "--"}  # there are more settings than colours
         grid[2].plot(centres, loss - base, label=name, **style)
         grid[3].plot(centres, steps, label=name, **style)
     for axes, label in ((grid[2], "loss above the checkpoint's setting, nats"), (grid[3], "mean steps")):

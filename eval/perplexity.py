@@ -442,7 +442,7 @@ def run(
     sums = {role: by_position(held[longest], context) for role, held in losses.items() if held}
     write_positions(folder / "positions.csv", sums)
     if plot:
-        plot_positions(folder / "perplexity.png", sums, result)
+        plot_positions(folder / "perplexity.png", sums, result, shorter_windows(losses["model"], result))
     write_json(folder / "perplexity.json", result)
     return result
 
@@ -465,6 +465,17 @@ def by_position(losses: dict[str, np.ndarray], lengths: list[int] | None) -> Pos
     if lengths is None:
         return PositionSums.of(losses.values())
     return PositionSums.of(window for values in losses.values() for window in values.reshape(-1, max(lengths)))
+
+
+def shorter_windows(losses: dict, result: dict) -> tuple[int, PositionSums] | None:
+    """The losses, by position in the longest windows, of the same tokens in windows of the training length, or else in
+    the shortest; None where there is one length only.
+    """
+    lengths = result["settings"]["lengths"]
+    if not lengths or len(lengths) == 1:
+        return None
+    length = result["training_length"] if result["training_length"] in lengths[:-1] else lengths[0]
+    return length, by_position(losses[length], lengths)
 
 
 def summarize(losses: dict, lengths: list[int] | None, sizes: dict[str, int | None], training: int | None) -> dict:
@@ -540,14 +551,21 @@ def bins(length: int, *, log: bool, count: int = 64) -> np.ndarray:
     return np.unique(edges.round().astype(int))
 
 
-def plot_positions(path: Path, sums: dict[str, PositionSums], result: dict) -> None:
-    """Loss by position, mean so far and difference to the reference, each on a log and on a linear axis."""
+def plot_positions(
+    path: Path, sums: dict[str, PositionSums], result: dict, shorter: tuple[int, PositionSums] | None
+) -> None:
+    """Loss by position, mean so far and differences to the reference and to shorter windows, each on a log and on a
+    linear axis.
+    """
     from matplotlib.figure import Figure
 
     names = {role: result["settings"][role]["name"] for role in sums}
     length = len(sums["model"].nats)
     several = len(result["lengths"]) > 1
-    rows = 2 + ("reference" in sums) + several
+    others = {"the reference": sums["reference"]} if "reference" in sums else {}
+    if shorter is not None:
+        others[f"windows of {shorter[0]:,} tokens"] = shorter[1]
+    rows = 2 + len(others) + several
     figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
     for column, log in enumerate((True, False)):
@@ -560,13 +578,12 @@ def plot_positions(path: Path, sums: dict[str, PositionSums], result: dict) -> N
             panels[1].plot(centres, held.mean_so_far()[edges[1:] - 1], label=names[role])
         panels[0].set_ylabel("loss by position, nats")
         panels[1].set_ylabel("mean loss so far, nats")
-        if "reference" in sums:
-            difference = sums["model"].binned(edges) - sums["reference"].binned(edges)
-            panels[2].plot(centres, difference, label="by position")
-            so_far = sums["model"].mean_so_far() - sums["reference"].mean_so_far()
-            panels[2].plot(centres, so_far[edges[1:] - 1], label="of the means so far")
-            panels[2].axhline(0, color="black", linewidth=0.8)
-            panels[2].set_ylabel("difference to the reference, nats")
+        for axes, (name, other) in zip(panels[2:], others.items(), strict=False):
+            axes.plot(centres, sums["model"].binned(edges) - other.binned(edges), label="by position")
+            so_far = sums["model"].mean_so_far() - other.mean_so_far()
+            axes.plot(centres, so_far[edges[1:] - 1], label="of the means so far")
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.set_ylabel(f"difference to\n{name}, nats")
         for axes in panels[: rows - several]:
             if log:
                 axes.set_xscale("log", base=2)

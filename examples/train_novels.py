@@ -50,7 +50,7 @@ from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
 from modeling_mesanet.eval.synthetic import decay_parameter_names
 from modeling_mesanet.files import replacing, replacing_folder, write_json
 
-# What --preset fills in where an option is not given.
+# What --preset fills in where an option is not given; `Recipe` has the defaults of what is not here either.
 PRESETS = {
     "laptop": {
         "vocab_size": 4096,
@@ -76,8 +76,10 @@ PRESETS = {
         "sequence_length": 2048,
         "batch_size": 16,
         "learning_rate": 4e-3,
-        "steps": 4000,
-        "eval_every": 500,
+        "weight_decay": 0.5,
+        "head_norm_eps": 1e-3,
+        "steps": 2000,
+        "eval_every": 250,
         "eval_tokens": 131072,
     },
 }
@@ -612,7 +614,9 @@ def main(
     batch_size: Annotated[int | None, typer.Option(help="Blocks an optimizer step, over all devices.")] = None,
     accumulate: Annotated[int, typer.Option(help="Micro-batches an optimizer step.", min=1)] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
-    weight_decay: Annotated[float, typer.Option(help="On matrices and convolutions only.")] = 0.1,
+    weight_decay: Annotated[
+        float | None, typer.Option(help=f"On matrices and convolutions only ({Recipe.weight_decay}).")
+    ] = None,
     head_norm_eps: Annotated[
         float | None, typer.Option(help="Of the norm of each head's output; 1e-3 trains without spikes (1e-6).")
     ] = None,
@@ -639,7 +643,9 @@ def main(
     # Bars for writing and loading a few megabytes would only break up the one of the training.
     transformers.utils.logging.disable_progress_bar()
     given = locals()
-    chosen = {key: value if given[key] is None else given[key] for key, value in PRESETS[preset].items()}
+    validation = ("eval_every", "eval_tokens")
+    names = [*(field.name for field in dataclasses.fields(Recipe)), *validation]
+    chosen = PRESETS[preset] | {name: given[name] for name in names if given.get(name) is not None}
     corpus = data_folder(data_dir) / "corpus"
     output_dir.mkdir(parents=True, exist_ok=True)
     with accelerate.PartialState(cpu=cpu).main_process_first():
@@ -652,15 +658,9 @@ def main(
             chosen["steps"] = math.ceil(epochs * data["tokens"] / per_step)
     # Worker processes are forked after the tokenizer ran; it would warn in each of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings = {key: chosen.pop(key) for key in ("eval_every", "eval_tokens")}
-    recipe = Recipe(
-        vocab_size=len(loaded),
-        **chosen,
-        warmup_steps=max(1, round(0.05 * chosen["steps"])) if warmup_steps is None else warmup_steps,
-        weight_decay=weight_decay,
-        head_norm_eps=head_norm_eps,
-        seed=seed,
-    )
+    settings = {key: chosen.pop(key) for key in validation}
+    chosen.setdefault("warmup_steps", max(1, round(0.05 * chosen["steps"])))
+    recipe = Recipe(vocab_size=len(loaded), **chosen)
     if dataloader_workers is None:
         dataloader_workers = 2 if torch.cuda.is_available() and not cpu else 0
     content = train(

@@ -24,7 +24,13 @@ def cards() -> dict[Path, str]:
         None,
         about=novels / "about.yaml",
         training=novels / "training_log.json",
-        evaluations=[novels / "evaluation.json"],
+        evaluations=[
+            novels / "evaluation.json",
+            novels / "perplexity",
+            novels / "compute_sweep",
+            novels / "lm_eval" / "texts",
+            novels / "lm_eval" / "tasks",
+        ],
         certificate=certificate if (certificate := novels / "certificate.json").is_file() else None,
         benchmarks=[BENCHMARKS / "cpu_generation.json", *sorted(BENCHMARKS.glob("gpu_operators_*.json"))],
     )

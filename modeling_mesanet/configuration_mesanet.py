@@ -58,8 +58,8 @@ class MesaNetConfig(PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of every RMSNorm.
         head_norm_eps (`float`, *optional*): epsilon of the norm of each head's output, finite and > 0; `None` means
             `rms_norm_eps`. A first token has nearly no output o where its key and query are nearly orthogonal, and
-            the norm's gradient there is about `1 / |o|`: a toy of 12 layers trained on a CPU had gradient norms up to
-            140 at 1e-6, up to 2.8 at 1e-3. So set 1e-3 to train from scratch; it belongs to the trained weights.
+            the norm's gradient there is about `1 / |o|`: gradient norms have spikes at 1e-6 and none at 1e-3
+            (examples/README.md). So set 1e-3 to train from scratch; it belongs to the trained weights.
         max_position_embeddings (`int`, defaults to 2048): training length; the model itself has no limit.
         tie_word_embeddings (`bool`, defaults to `True`): share the embedding with the output head.
         use_cache (`bool`, defaults to `True`): return the recurrent state outside training.

@@ -27,6 +27,8 @@ import train_novels  # noqa: E402
 import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import modeling_mesanet  # noqa: E402
+
 WORDS = [
     "the",
     "a",
@@ -542,13 +544,59 @@ def test_mistakes_get_one_sentence(data, tmp_path, monkeypatch, program, argumen
         invoke(program, *arguments)
 
 
-def test_the_preset_is_the_recipe_of_the_bundled_checkpoint():
+@pytest.fixture
+def chosen(data, tmp_path, monkeypatch):
+    """Calls the command line up to the training; gives the recipe and the other settings that it would train with."""
+    monkeypatch.setattr(train_novels, "train", lambda recipe, *_, **settings: calls.append((recipe, settings)))
+    calls = []
+
+    def call(*arguments) -> tuple[dict, dict]:
+        common = ["--data-dir", data, "--output-dir", tmp_path, "--tokenizer", modeling_mesanet.bundled_checkpoint()]
+        invoke(train_novels, *common, *arguments)
+        recipe, settings = calls.pop()
+        return train_novels.dataclasses.asdict(recipe), settings
+
+    return call
+
+
+def test_the_preset_is_the_recipe_of_the_bundled_checkpoint(chosen):
+    records = Path(__file__).parents[1] / "model_cards" / "novels"
+    recipe, settings = chosen("--preset", "checkpoint")
+    assert recipe == json.loads((records / "training_log.json").read_text(encoding="utf-8"))["recipe"]
+    lines = map(json.loads, (records / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    validated = {line["step"] for line in lines if "eval_loss" in line}
+    assert validated == set(range(settings["eval_every"], recipe["steps"] + 1, settings["eval_every"]))
+
+
+def test_options_go_before_the_preset_and_it_before_the_defaults(chosen):
+    recipe, settings = chosen(
+        "--preset", "checkpoint", "--weight-decay", 0, "--steps", 40, "--seed", 3, "--eval-every", 7
+    )
+    assert (recipe["weight_decay"], recipe["head_norm_eps"]) == (0, 1e-3)
+    assert (recipe["steps"], recipe["warmup_steps"], recipe["seed"], settings["eval_every"]) == (40, 2, 3, 7)
+    assert settings["eval_tokens"] == train_novels.PRESETS["checkpoint"]["eval_tokens"]
+    recipe, _ = chosen("--warmup-steps", 9)
+    assert (recipe["weight_decay"], recipe["head_norm_eps"], recipe["warmup_steps"]) == (0.1, None, 9)
+
+
+def test_the_bundled_checkpoint_was_made_by_the_recorded_recipe():
     log = Path(__file__).parents[1] / "model_cards" / "novels" / "training_log.json"
-    recipe = json.loads(log.read_text(encoding="utf-8"))["recipe"]
-    preset = train_novels.PRESETS["checkpoint"]
-    assert {name: value for name, value in preset.items() if not name.startswith("eval_")}.items() <= recipe.items()
-    defaults = {field.name: field.default for field in train_novels.dataclasses.fields(train_novels.Recipe)}
-    for name, value in recipe.items():
-        if name not in preset and name != "warmup_steps":
-            assert defaults[name] == value, name
-    assert recipe["warmup_steps"] == round(0.05 * recipe["steps"])
+    recipe = train_novels.Recipe(**json.loads(log.read_text(encoding="utf-8"))["recipe"])
+    expected = train_novels.build_model(recipe, special_token=0).config.to_diff_dict()
+    actual = modeling_mesanet.load_checkpoint().config.to_diff_dict()
+    for name in ("dtype", "architectures", "transformers_version"):  # what saving adds
+        expected.pop(name, None), actual.pop(name, None)
+    assert actual == expected
+
+
+def test_figures_of_weight_decay_in_the_readme_are_recorded():
+    records = Path(__file__).parents[1] / "model_cards" / "novels"
+    logs = [
+        json.loads((records / name).read_text(encoding="utf-8"))
+        for name in ("training_log_weight_decay_0.1.json", "training_log.json")
+    ]
+    assert {name for name, value in logs[0]["recipe"].items() if logs[1]["recipe"][name] != value} == {"weight_decay"}
+    assert [log["recipe"]["weight_decay"] for log in logs] == [0.1, 0.5]
+    decayed, bundled = (f"{log['validation']['eval_bits_per_byte']:.4f}" for log in logs)
+    text = " ".join((EXAMPLES / "README.md").read_text(encoding="utf-8").split())
+    assert f"it ends at {decayed} bits per byte of the validation novels, the bundled one at {bundled}." in text

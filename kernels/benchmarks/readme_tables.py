@@ -413,7 +413,7 @@ def gpu_generation(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"cpu_generation": cpu_generation, "gpu_operators": gpu_operators}
+TABLES = {"cpu_generation": cpu_generation, "int8_weights": int8_weights, "gpu_operators": gpu_operators}
 # These stand in the README once they were measured.
 MEASURED_LATER = {"training_curves": training_curves, "gpu_generation": gpu_generation}
 # Every file that quotes results, and its tables.

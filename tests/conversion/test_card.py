@@ -218,25 +218,68 @@ class TestSections:
                 "model": {"weights": weights_sha256(checkpoint)},
                 "dtype": "float32",
             },
-            "lengths": {"8": text},
+            "lengths": {"2": text | {"nll": 2.5}, "4": text | {"nll": 2.125}, "8": text},
             "documents": {"tale": text},
+            "training_length": 4,
             "extrapolation": {"within": {"from": 0, "to": 4, **text}, "beyond": {"from": 4, "to": 8, **text}},
         }
         file = write(tmp_path, "perplexity.json", content)
         card = card_of_folder(checkpoint, license="mit", evaluations=[file])
         assert "| 5 to 8 | 4 | 7.39 |" in section(card, "Evaluation")
+        sentence = (
+            "The training length is 4 tokens; windows 2 times as long change the loss of the same tokens by -0.1250"
+        )
+        assert sentence in section(card, "Evaluation")
+
+    @pytest.mark.parametrize(
+        ("differences", "sentence"),
+        [
+            (
+                {0: 0.0827, 1: 0.0784, 2: 0.1254, 5: 0.0007, 8: -0.00004},
+                "With fixed steps: without the solver (0 steps) the loss differs from row 1's by +0.0827 nats; "
+                "2 steps are worse than none; from 5 steps on it is the same within 0.001.",
+            ),
+            ({1: 0.5, 3: 0.0001}, "With fixed steps: from 3 steps on it is the same within 0.001."),
+            ({0: 0.5, 1: 0.25}, "(0 steps) the loss differs from row 1's by +0.5000 nats."),
+            ({2: 0.0001, 4: 0.5}, None),
+            ({}, None),
+        ],
+    )
+    def test_what_fixed_steps_buy(self, checkpoint, tmp_path, differences, sentence):
+        def entry(steps, tolerance, difference):
+            figures = {"mean_steps": 4.0, "perplexity": 9.0, "difference": difference, "tasks": {}}
+            return {"max_steps": steps, "tolerance": tolerance, **figures}
+
+        content = {
+            "settings": {
+                "command": "compute-sweep",
+                "model": {"weights": weights_sha256(checkpoint)},
+                "dtype": "float32",
+                "length": 8,
+                "documents": ["tale"],
+            },
+            # Tolerances are no fixed steps.
+            "sweep": [entry(64, 1e-4, 0.0), *(entry(n, None, d) for n, d in differences.items()), entry(64, 0.1, 0.7)],
+        }
+        card = card_of_folder(checkpoint, license="mit", evaluations=[write(tmp_path, "compute_sweep.json", content)])
+        assert ("With fixed steps" in card) == (sentence is not None)
+        assert sentence is None or sentence in section(card, "Solver")
 
     def test_own_evaluation_and_training(self, checkpoint, tmp_path):
+        evaluation = own_evaluation(checkpoint)
         card = card_of_folder(
             checkpoint,
             license="mit",
             training=ROOT / "model_cards" / "novels" / "training_log.json",
-            evaluations=[write(tmp_path, "evaluation.json", own_evaluation(checkpoint))],
+            evaluations=[write(tmp_path, "evaluation.json", evaluation)],
         )
-        assert "**Tokens seen:** 131,072,000" in section(card, "Training")
-        assert "| 8,192 | 44.30 |" in section(card, "Evaluation")
+        assert "**Tokens seen:** 65,536,000 (5.9 passes), in 2000 steps" in section(card, "Training")
+        assert "; epsilon 0.001 in the norm of each head's output." in section(card, "Training")
+        perplexity = evaluation["book"]["perplexity"]["8192"]
+        assert f"| 8,192 | {perplexity:.2f} |" in section(card, "Evaluation")
         (result,) = ModelCard(card).data.eval_results
-        assert (result.metric_type, result.metric_value) == ("bits_per_byte", 1.5635)
+        bits = round(evaluation["novels_valid"]["bits_per_byte"], 4)
+        assert (result.metric_type, result.metric_value) == ("bits_per_byte", bits)
 
     def test_training_by_trainer(self, checkpoint, tmp_path):
         history = [{"loss": 5.5, "step": 1}, {"loss": 2.25, "step": 9}, {"eval_loss": 2.5, "step": 9}]

@@ -301,3 +301,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_windows_of_a_limited_document():
     document = EncodedDocument(np.arange(10), bos=True)
     assert [window.tolist() for window in document.windows(3, 6)] == [[0, 1, 2, 3], [0, 4, 5, 6]]
+
+
+def test_the_same_tokens_in_shorter_windows():
+    losses = {length: {"a": np.arange(8.0) * length, "b": np.ones(8)} for length in (2, 4, 8)}
+
+    def shorter(lengths, training):
+        return perplexity.shorter_windows(losses, {"settings": {"lengths": lengths}, "training_length": training})
+
+    length, sums = shorter([2, 4, 8], 4)
+    assert length == 4
+    assert sums.nats.tolist() == [1 + 4 * position for position in range(8)]
+    assert sums.tokens.tolist() == [2] * 8
+    # The longest windows are no shorter ones, and a training length that was not measured tells nothing.
+    assert shorter([2, 4, 8], 8)[0] == shorter([2, 4, 8], 6)[0] == shorter([2, 8], None)[0] == 2
+    assert shorter([8], 4) is shorter(None, 4) is None
