@@ -220,7 +220,7 @@ def use_fused_linears(
     """Whether to run a layer's projections in `mesa_triton_linear`.
 
     Args:
-        rows: tokens of all sequences, rounded up to a power of two; 32 stands for those from 17 on, 512 for 512 or more.
+        rows: tokens of all sequences, rounded up to a power of two; 32 stands for 17 and more, 512 for 512 and more.
         backend: as in `mesa_attention`.
         hidden, value_channels, intermediate, outputs: as in `mesa_layers.fuses_linears`.
 

@@ -27,8 +27,8 @@ LONGEST_NORM = 8192
 
 # Rows up to which the projections of a decoding step have kernels of their own; with more, torch's products pay.
 FEW_ROWS = 16
-# Rows from which a program of the norm takes several of them: with one each, weights of few outputs are read from the L2
-# cache for every row.
+# Rows from which a program of the norm takes several of them: with one each, weights of few outputs are read from the
+# L2 cache for every row.
 MANY_ROWS = 512
 
 

@@ -604,7 +604,7 @@ def norm_rows(
     outputs: list[torch.Tensor],
     copy: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The normalised rows of `x`; their projections by `weights` go to `outputs`, float32, and `x` itself to `copy`."""
+    """The normalised rows of `x`; their projections by `weights` go to `outputs`, float32, and `x` to `copy`."""
     if not weights:
         if copy is not None:
             copy.copy_(x)

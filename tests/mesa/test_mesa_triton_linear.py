@@ -369,9 +369,8 @@ class TestModel:
         tokens = torch.randint(0, 97, (1, 4), generator=generator).to(DEVICE)
         _, cache = decode(model, tokens, 1)
         del fused[:]
-        with torch.no_grad():
-            with torch.autocast(DEVICE, torch.bfloat16):
-                model(tokens[:, :1], past_key_values=cache)
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            model(tokens[:, :1], past_key_values=cache)
         model(tokens[:, :2])  # with gradients
         assert fused == []
         with torch.no_grad():
