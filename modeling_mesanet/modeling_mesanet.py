@@ -584,7 +584,7 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: torch.Tensor | None,
         solver: Solver,
     ) -> tuple[torch.Tensor, SolverStats | None]:
-        """What the modules compute, with what is around their products in the same calls; arguments as in `forward`."""
+        """What the modules compute, with what stands around products in the same calls; arguments as in `forward`."""
         mixer, mlp, norm = self.mixer, self.mlp, self.mixer_norm
         shape = hidden_states.shape
         if cu_seqlens is not None:  # packed sequences may run on from row to row

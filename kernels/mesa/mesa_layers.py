@@ -2,7 +2,7 @@
 """What surrounds the Mesa operator in a layer: short convolutions and their pads, norms, gates, projections.
 
 The torch code is the specification and runs anywhere. On a GPU, the operators of `mesa_triton_layers` do the same in
-one launch each, and those of `mesa_triton_linear` the projections of a decoding step, of which the model's modules are
+one launch each, and those of `mesa_triton_linear` the projections without gradients, of which the model's modules are
 the specification. Importing this does not import triton.
 
 Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S packed sequences.
