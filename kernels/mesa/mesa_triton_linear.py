@@ -4,7 +4,7 @@
 `launch_norm_linears` is RMSNorm, then projections that share it, `launch_add_linear` projection and residual addition,
 `launch_norm_gated_linears` RMSNorm, gate and up projection, `silu(gate) * up`. Importing this needs triton.
 
-With at most FEW_ROWS rows, as in a decoding step, reading weights is all that counts, and each is one kernel. Sums are float32. Every value
+With at most FEW_ROWS rows, reading weights is all that counts, and each is one kernel. Sums are float32. Every value
 that the torch modules round to the dtype of the activations is rounded here too, in the same places: the norm's
 output, each projection's (but for those asked for in float32), SiLU's, the product's. What differs from torch is the
 order of the sums. That order depends neither on the number of rows nor on what the others hold: a row gives the same
