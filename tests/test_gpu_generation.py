@@ -150,7 +150,7 @@ def sample() -> dict:
             {"operator": "llama", "cache": "dynamic", "batch": 1, "context": 0, "failed": "OutOfMemoryError: all"},
         ],
         "prefill": [
-            {"operator": "mesa", "tokens": 32768, "chunk": 32768, "ms": 300.0},
+            {"operator": "mesa", "tokens": 32768, "chunk": 32768, "ms": 300.0, "kernels_ms": {"the solver": 200.0}},
             {"operator": "peer", "tokens": 32768, "chunk": 32768, "ms": 450.0},
             {"operator": "mesa", "tokens": 32768, "chunk": 8192, "ms": 310.0},
             {"operator": "peer", "tokens": 32768, "chunk": 8192, "ms": 930.0},
@@ -183,6 +183,7 @@ def test_table(scripts):
         "Not timed: Llama, dynamic cache, short, batch 1 (OutOfMemoryError: all).",
         "at once ours 300 ms (1.5 times the peer's speed, missed), peer 450 ms; "
         "in chunks of 8,192 ours 310 ms (3.0 times the peer's speed), peer 930 ms.",
+        "Where the GPU's time goes in our pass at once, ms: the solver 200.",
         "at most 20 s wanted: 21.0 s, missed, 4.0 s of them to import; "
         "eight tokens with a static cache then take 25.0 s.",
         "0.00% from 1,024 to 1,048,576 tokens read as a prompt; 2.00%, missed from 1,024 to 50,000 tokens written.",
@@ -193,6 +194,18 @@ def test_table(scripts):
         "2030-01-02, revision abcdef",
     ):
         assert sentence in text, sentence
+
+
+def test_kernels_are_told_apart(scripts):
+    names = {
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "matrix products",
+        "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_bf16_128x256_64x3_tn_align2>": "matrix products",
+        "solve_chunks_hopper_kernel": "the solver",
+        "carry_states_kernel": "states",
+        "void at::native::vectorized_elementwise_kernel<8>": "norms, gates and SiLU",
+        "Memcpy DtoD (Device -> Device)": "other",
+    }
+    assert {name: scripts.bench.kernel_group(name) for name in names} == names
 
 
 def test_figure_shows_what_has_several_points(scripts):

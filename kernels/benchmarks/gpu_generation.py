@@ -54,6 +54,7 @@ from rich.box import SIMPLE
 from rich.progress import track
 from rich.table import Table
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -78,6 +79,14 @@ ALLOWED = {"mesa": 0.1, "llama": 0.1, "peer": 0.7}
 ALLOWED_STATE = 1e-2
 # Heads that have forgotten all but this share of what came before the tokens that float64 reads again.
 FORGOTTEN = 1e-4
+# Parts of the names of kernels, by what they work at.
+KERNELS = {
+    "the solver": ("solve_chunks",),
+    "states": ("prepare_chunks", "carry_states", "join_segments"),
+    "convolutions": ("short_convolution",),
+    "norms, gates and SiLU": ("head_norm", "norm_row", "norm_tile", "gate_rows", "gates_kernel", "elementwise"),
+    "matrix products": ("nvjet", "gemm", "gemv", "cutlass", "splitKreduce"),
+}
 # Seconds that compiling a step takes, and that the peer takes to tune itself at first.
 COMPILING, TUNING = 30, 60
 
@@ -210,6 +219,23 @@ def forget_compiled(model: PreTrainedModel) -> None:
     for name in ("_compiled_call", "_previous_max_cache_length"):
         if hasattr(model, name):
             delattr(model, name)
+
+
+def kernel_group(name: str) -> str:
+    """What a kernel of a pass through our model works at, by its name."""
+    return next((group for group, parts in KERNELS.items() if any(part in name for part in parts)), "other")
+
+
+def kernel_times(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that the GPU spends in each group of kernels during one call, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    groups: dict[str, float] = {}
+    for event in profiler.key_averages():
+        group = kernel_group(event.key)
+        groups[group] = groups.get(group, 0.0) + event.self_device_time_total / 1e3
+    return dict(sorted(groups.items(), key=lambda item: -item[1]))
 
 
 class Bench:
@@ -420,6 +446,8 @@ class Bench:
                 run = partial(self.read, model, ids, chunk)
                 row["peak_mib"] = self.clock.peak_mib(run)
                 row |= self.clock.time(run)
+                if self.clock.cuda and operator == "mesa":
+                    row["kernels_ms"] = kernel_times(run)
         self.models.clear()
         return rows
 

@@ -346,6 +346,10 @@ def generation_notes(results: dict) -> list[str]:
             f"Reading {tokens:,} tokens, at least {PREFILL_GOAL:g} times as fast as the peer wanted: "
             f"{'; '.join(times)}."
         )
+    groups = results["prefill"][0].get("kernels_ms") if times else None
+    if groups:
+        shares = ", ".join(f"{name} {significant(ms)}" for name, ms in groups.items())
+        notes.append(f"Where the GPU's time goes in our pass at once, ms: {shares}.")
     cold = find(results, "cold", cache="dynamic")
     if "first_token_s" in cold:
         seconds = cold["import_s"] + cold["first_token_s"]
