@@ -331,7 +331,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        numbers = f"lr{self.learning_rate:.2g}-wd{self.weight_decay:g}-seed{self.seed}-epochs{self.epochs}"
+        numbers = f"lr{self.learning_rate:g}-wd{self.weight_decay:g}-seed{self.seed}-epochs{self.epochs}"
         return f"{self.task}-{self.layer}-{numbers}"
 
     @property

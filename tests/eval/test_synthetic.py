@@ -207,6 +207,12 @@ class TestExamples:
         assert not np.array_equal(first.inputs, other.inputs)
 
 
+def test_runs_that_differ_have_names_that_differ():
+    runs = [Run("mqar", "gla", rate, 0.1, 0, 3) for rate in (1e-3, 1.04e-3, 10**-2.5)]
+    assert len({run.name for run in runs}) == 3
+    assert all(Run.of(dataclasses.asdict(run) | {"accuracy": 1.0}) == run for run in runs)
+
+
 class TestTraining:
     def test_mesanet_learns_to_recall(self, tiny_task):
         """A guess among the eight values is right in one case of eight."""
