@@ -321,6 +321,12 @@ def test_drafted_tokens_are_timed_and_compared(scripts, tmp_path, monkeypatch):
     assert rows[2]["tokens_per_step"] > 1.3
     assert all(0 < row[name] < math.inf for row in steps for name in ("plain_ms", "rollback_ms"))
     assert results["revision"] == "abc"
+    text = scripts.tables.speculative_decoding(results)
+    assert text.startswith("| model | drafts | tokens/s |")
+    assert f"\n| bundled | greedy | {rows[0]['tokens_per_second']:.1f} | 1.00 | 1.00 | 12 of 12 |\n" in text
+    assert f"bundled, 1: {steps[0]['plain_ms']:.1f} ({steps[0]['rollback_ms']:.1f}), " in text
+    assert "1 of the threads of " in text
+    assert text.endswith("revision abc; from `kernels/benchmarks/speculative_decoding.py`.")
 
 
 def test_int8_weights_are_weighed_scored_and_timed(scripts, tmp_path, monkeypatch):

@@ -63,6 +63,34 @@ def int8_weights(results: dict) -> str:
     return "\n".join(lines)
 
 
+def speculative_decoding(results: dict) -> str:
+    """Decoding with drafts beside plain greedy decoding, and what a step of several tokens costs."""
+    lines = [
+        "| model | drafts | tokens/s | greedy alone = 1 | tokens a step | as greedy |",
+        "|---|---|---|---|---|---|",
+    ]
+    costs = []
+    for name, model in results["models"].items():
+        for row in model["generation"]:
+            lines.append(
+                f"| {name} | {row['method']} | {row['tokens_per_second']:.1f} | {row['ratio']:.2f} | "
+                f"{row['tokens_per_step']:.2f} | {row['same_tokens']} of {row['tokens']} |"
+            )
+        shown = [f"{row['tokens']}: {row['plain_ms']:.1f} ({row['rollback_ms']:.1f})" for row in model["steps"]]
+        costs.append(f"{name}, {', '.join(shown)}")
+    versions = results["versions"]
+    threads = "" if results["driver"] else f"{results['threads']} of the threads of "
+    lines.append("")
+    lines.append(
+        "Milliseconds a step of so many tokens (and with all but one taken back): "
+        f"{'; '.join(costs)}. {results['prompts']} prompts, {results['new_tokens']} new tokens each, "
+        f"{results['dtype']}; {threads}{results['machine']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; {results['date']}, revision {results['revision']}; from "
+        "`kernels/benchmarks/speculative_decoding.py`."
+    )
+    return "\n".join(lines)
+
+
 EARLY_STEPS = 10  # many spikes are among them, so one column leaves them out
 
 
@@ -417,7 +445,12 @@ def gpu_generation(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"cpu_generation": cpu_generation, "int8_weights": int8_weights, "gpu_operators": gpu_operators}
+TABLES = {
+    "cpu_generation": cpu_generation,
+    "int8_weights": int8_weights,
+    "speculative_decoding": speculative_decoding,
+    "gpu_operators": gpu_operators,
+}
 # These stand in the README once they were measured.
 MEASURED_LATER = {"training_curves": training_curves, "gpu_generation": gpu_generation}
 # Every file that quotes results, and its tables.
