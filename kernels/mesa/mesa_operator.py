@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .mesa_chunkwise import chunkwise
-from .mesa_decode import decode_step, decode_step_op
+from .mesa_decode import decode_step, decode_step_op, decode_tokens, decodes_tokens
 from .mesa_dispatch import use_triton
 from .mesa_solver import l2_normalize
 
@@ -135,9 +135,11 @@ def mesa_attention(
         q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
         if normalize_qk:
             q, k = l2_normalize(q), l2_normalize(k)
-        o, final_h, final_g, _, steps, residual = chunkwise(
-            q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens, *limits, chunk_size
-        )
+        inputs = (q, k, v, log_gamma, beta, lam, initial_h, initial_g)
+        if not differentiable and cu_seqlens is None and decodes_tokens(q):
+            o, final_h, final_g, steps, residual = decode_tokens(*inputs, max_steps, tolerance)
+        else:
+            o, final_h, final_g, _, steps, residual = chunkwise(*inputs, cu_seqlens, *limits, chunk_size)
     return MesaOutput(
         o.to(out_dtype),
         MesaState(final_h, final_g) if output_final_state else None,

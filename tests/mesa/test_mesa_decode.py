@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one-token step: against the oracle, beside the chunkwise form, and what it does to its state."""
+"""The one-token step: against the oracle, beside the chunkwise form, and what it does to its state; a few tokens."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from mesa_inputs import (
     token_by_token,
 )
 
-from modeling_mesanet.mesa import MesaState, mesa_attention, mesa_reference, mesa_step
+from modeling_mesanet.mesa import MesaState, mesa_attention, mesa_decode, mesa_operator, mesa_reference, mesa_step
 
 
 def outputs_of(o: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,3 +170,101 @@ class TestLongRepetition:
         o, state = token_by_token(inputs, max_steps=30)
         assert relative_error(o[:, -1], expected) < 1e-1
         assert torch.linalg.eigvalsh(state.h + torch.diag_embed(inputs.lam)).min() > 0.2  # Lambda is 0.25
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The lengths that `decode_tokens` is called with."""
+    lengths, right = [], mesa_operator.decode_tokens
+
+    def watched(q, *arguments):
+        lengths.append(q.shape[1])
+        return right(q, *arguments)
+
+    monkeypatch.setattr(mesa_operator, "decode_tokens", watched)
+    return lengths
+
+
+class TestFewTokens:
+    """Of `mesa_attention` on a CPU: states one token after the other, all systems in one solve."""
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("with_state", [False, True])
+    def test_against_the_oracle(self, few, family, dtype, with_state):
+        inputs = make_inputs(family, length=12, dtype=dtype)
+        state = make_state(2, 2, 16, 12, dtype=dtype) if with_state else None
+        exact = None if state is None else MesaState(state.h.double(), state.g.double())
+        expected = mesa_reference(*inputs, initial_state=exact)
+        actual = chunkwise(*inputs, initial_state=state)
+        assert few == [12]
+        bound = FLOAT64_BOUND if dtype == torch.float64 else float32_bound(family)
+        assert_close(outputs_of(*actual), outputs_of(*expected), bound)
+
+    @pytest.mark.parametrize(
+        "solver", [{"tolerance": 1e-2}, {"tolerance": 1e-4}, {"max_steps": 0}, {"max_steps": 1}, {"max_steps": 3}]
+    )
+    def test_as_the_chunkwise_form(self, few, monkeypatch, solver):
+        inputs, state = make_inputs("scream", length=11), make_state(2, 2, 16, 12)
+        options = {"initial_state": state, "output_final_state": True, "output_stats": True, **solver}
+        actual = mesa_attention(*inputs, **options)
+        monkeypatch.setattr(mesa_decode, "FEW_TOKENS", 0)
+        expected = mesa_attention(*inputs, **options)
+        assert few == [11]
+        assert torch.equal(actual.stats.steps, expected.stats.steps)
+        torch.testing.assert_close(actual.stats.residual, expected.stats.residual, rtol=1e-5, atol=1e-12)
+        # A difference of method would be of the tolerance's size.
+        assert relative_error(actual.o, expected.o) < 1e-7
+        for ours, theirs in zip(actual.final_state, expected.final_state, strict=True):
+            assert relative_error(ours, theirs) < 1e-12
+
+    def test_resets_and_pads(self, few):
+        inputs, state = make_inputs("normal", length=9, dtype=torch.float32), make_state(2, 2, 16, 12).h
+        state = MesaState(state.float(), make_state(2, 2, 16, 12).g.float())
+        keep = inputs._replace(log_gamma=torch.zeros_like(inputs.log_gamma), beta=torch.zeros_like(inputs.beta))
+        output = mesa_attention(*keep, initial_state=state, output_final_state=True)
+        assert all(torch.equal(*pair) for pair in zip(output.final_state, state, strict=True))
+        inputs.log_gamma[:, 4] = -torch.inf
+        output = mesa_attention(*inputs, initial_state=state, output_final_state=True)
+        fresh = mesa_attention(*inputs.tokens(4, 9), output_final_state=True)
+        assert relative_error(output.o[:, 4:], fresh.o) < 1e-6
+        assert all(torch.equal(*pair) for pair in zip(output.final_state, fresh.final_state, strict=True))
+        assert few == [9, 9, 5]
+
+    def test_sequences_do_not_see_each_other(self, few):
+        inputs = make_inputs("scream", batch=3, length=5)
+        expected = mesa_attention(*inputs, tolerance=1e-4).o
+        inputs.v[1, 2], inputs.k[1, 3] = torch.inf, torch.nan
+        actual = mesa_attention(*inputs, tolerance=1e-4).o
+        assert few == [5, 5]
+        assert relative_error(actual[[0, 2]], expected[[0, 2]]) < 1e-12
+        assert relative_error(actual[1, :2], expected[1, :2]) < 1e-12
+        assert actual[1, 3:].isnan().all()
+
+    def test_states_that_come_back_hold_nothing_else(self, few):
+        state = make_state(2, 2, 16, 12)
+        before = MesaState(state.h.clone(), state.g.clone())
+        output = mesa_attention(*make_inputs(length=8), initial_state=state, output_final_state=True)
+        assert all(torch.equal(*pair) for pair in zip(state, before, strict=True))
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in output.final_state)
+        assert few == [8]
+
+    def test_what_the_chunkwise_form_keeps(self, few):
+        inputs = make_inputs(length=13)
+        mesa_attention(*inputs)
+        mesa_attention(*inputs.tokens(0, 0), output_final_state=True)
+        single = make_inputs(batch=1, length=6)
+        mesa_attention(*single, cu_seqlens=torch.tensor([0, 2, 6]))
+        mesa_attention(*make_inputs(batch=1, length=12, heads=3, key_dim=256))  # many entries
+        learning = single._replace(q=single.q.requires_grad_())
+        mesa_attention(*learning).o.sum().backward()
+        assert few == []
+        with torch.no_grad():
+            mesa_attention(*learning)
+        assert few == [6]
+        torch._dynamo.reset()
+        compiled = torch.compile(mesa_attention, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            assert relative_error(compiled(*learning).o, mesa_attention(*learning).o) < 1e-9
+        assert few == [6, 6]
+        torch._dynamo.reset()
