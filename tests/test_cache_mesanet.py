@@ -414,9 +414,7 @@ def test_a_cache_goes_on_under_autocast_but_not_out_of_it(tiny_model):
             model(new, past_key_values=narrow)
         model(new, past_key_values=cache)
         before = snapshot(narrow)
-        with pytest.raises(
-            ValueError, match="with activations in torch.bfloat16 but this model's are in torch.float32"
-        ):
+        with pytest.raises(ValueError, match=r"made with activations in torch\.bfloat16"):
             model(new, past_key_values=narrow)
     assert_unchanged(narrow, before)
 
@@ -452,7 +450,7 @@ def test_a_stock_layer_with_a_state_is_refused(tiny_model):
         (lambda n: {"input_ids": random_ids(3, 0)}, "input_ids has no tokens"),
         (
             lambda n: {"input_ids": torch.ones(3, n)},
-            "input_ids is torch.float32; it must be a tensor of whole numbers",
+            "input_ids is torch.float32; it must be",
         ),
         (lambda n: {"inputs_embeds": torch.full((3, n, 32), torch.nan)}, "inputs_embeds contains NaN"),
         (lambda n: {"inputs_embeds": torch.zeros(3, n, 31)}, "inputs_embeds has shape"),
