@@ -61,6 +61,24 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             )
         )
 
+    def check_dtype(self, dtype: torch.dtype, under_autocast: bool) -> None:
+        """Refuse activations of `dtype` that would be rounded to what the states are stored in, or the other way.
+
+        Under autocast, which converts activations, the states may be stored in a wider dtype.
+
+        Raises:
+            ValueError: as above.
+        """
+        if not self.is_initialized:
+            return
+        stored, state = self.conv_states[CONV_Q].dtype, self.recurrent_states[RECURRENT_H].dtype
+        fits = stored == dtype or (under_autocast and torch.promote_types(stored, dtype) == stored)
+        if not fits or state != torch.promote_types(dtype, torch.float32):
+            raise ValueError(
+                f"past_key_values was made with activations in {stored} but this model's are in {dtype}; use a cache "
+                "that this model made, or load the model with the other's dtype."
+            )
+
     def get_seq_length(self) -> torch.Tensor | int:
         """Tokens consumed so far, pads included; a zero-dimensional tensor once the layer is in use."""
         return 0 if self.seen_tokens is None else self.seen_tokens

@@ -31,10 +31,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        # mkdtemp makes folders private; the result should have the permissions that any other new folder gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        give_usual_permissions(temporary)
         yield temporary
         old = temporary.with_name(temporary.name + ".old")
         if folder.exists():
@@ -43,6 +40,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Those that any other new file or folder gets, where mkdtemp or safetensors made a private one."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: Path, content) -> None:

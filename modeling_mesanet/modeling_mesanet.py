@@ -55,6 +55,7 @@ INITIAL_FORGETTING = (1e-1, 1e-3)
 
 # What `cg_tolerance` and `cg_max_steps` are where the config decides: None already means that no token stops early.
 FROM_CONFIG = "config"
+SOLVER_LIMITS = ("cg_tolerance", "cg_max_steps")
 
 
 class Solver(NamedTuple):
@@ -285,6 +286,8 @@ class MesaNetMixer(nn.Module):
         """
         cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         config, length = self.config, q.shape[1]
+        if cache is not None:  # in the first layer, before any state has changed
+            cache.check_dtype(q.dtype, torch.is_autocast_enabled(q.device.type))
         recording = cache is not None and cache.record_past
         in_place = cache is not None and length == 1 and not torch.is_grad_enabled()
         if in_place:
@@ -859,7 +862,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
 
         Args:
             args, kwargs: those of `GenerationMixin.generate`; further `cg_tolerance` and `cg_max_steps`, as in
-                `MesaNetModel.forward`.
+                `MesaNetModel.forward`; a `GenerationConfig` may hold these two as well.
             output_solver_stats: with `return_dict_in_generate=True`, add `solver_stats` to the output: what each
                 forward pass returns (of the prompt, then of each token but the last), as in `hidden_states`. A prompt
                 is then not read in chunks.
@@ -867,7 +870,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a limit is out of range, or statistics are asked for without `return_dict_in_generate=True`.
         """
-        check_limits(**{name: kwargs[name] for name in ("cg_tolerance", "cg_max_steps") if name in kwargs})
+        check_limits(**{name: kwargs[name] for name in SOLVER_LIMITS if name in kwargs})
         if not output_solver_stats:
             return super().generate(*args, **kwargs)
         settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
@@ -879,6 +882,13 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         output = super().generate(*args, output_solver_stats=True, solver_record=record, **kwargs)
         output["solver_stats"] = tuple(record)
         return output
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # A GenerationConfig keeps fields that transformers does not know, and takes arguments of their names in.
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        held = {name: value for name, value in vars(generation_config).items() if name in SOLVER_LIMITS}
+        check_limits(**held)
+        return generation_config, model_kwargs | held
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         # Called after every forward pass: the one place where all ways of decoding hand out what the model returned.
@@ -988,6 +998,17 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 for layer in cache.layers:
                     layer.stop_recording()
 
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        # Drafts come from a `generate()` of their own, to which transformers passes on all that this one was given.
+        # That one records nothing, and a model of another kind has no solver.
+        unwanted = {"output_solver_stats", "solver_record"}
+        if not isinstance(self if assistant_model is None else assistant_model, MesaNetPreTrainedModel):
+            unwanted |= set(SOLVER_LIMITS)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unwanted}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
     # `generate` takes inputs_embeds, and what forward does not know, only from models that name the argument here.
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, solver_record=None, **kwargs
@@ -1044,13 +1065,16 @@ def check_limits(
 
 
 def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int) -> None:
-    """Refuse inputs that would spoil a state: wrong shape, no tokens, embeddings that are not finite.
+    """Refuse inputs that would spoil a state: no tensor, wrong shape, no tokens, embeddings that are not finite.
 
     Raises:
         ValueError: as above.
     """
     if input_ids is not None:
         name, tensor, expected = "input_ids", input_ids, "[batch, time]"
+        if not torch.is_tensor(tensor) or tensor.is_floating_point():
+            kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+            raise ValueError(f"input_ids is {kind}; it must be a tensor of whole numbers, {expected}.")
         fits = tensor.ndim == 2
     else:
         name, tensor, expected = "inputs_embeds", inputs_embeds, f"[batch, time, {hidden_size}]"

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache_mesanet import RECURRENT_G, RECURRENT_H, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
+from .files import give_usual_permissions
 from .loading import one_line
 from .modeling_mesanet import MesaNetModel
 
@@ -117,6 +118,7 @@ def save_state(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
+        give_usual_permissions(temporary)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         raise StateError(

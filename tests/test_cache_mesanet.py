@@ -385,6 +385,40 @@ def test_a_cache_of_another_model_is_refused_and_left_alone(tiny_model, other, m
     assert_unchanged(cache, before)
 
 
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float64", "float32"), ("float32", "float64")],
+)
+@pytest.mark.parametrize("new_tokens", [1, 4])
+def test_a_cache_of_another_precision_is_refused_and_left_alone(tiny_model, made, used, new_tokens):
+    cache, _ = filled(tiny_model(dtype=getattr(torch, made)))
+    before = snapshot(cache)
+    model = tiny_model(dtype=getattr(torch, used))
+    message = f"past_key_values was made with activations in torch.{made} but this model's are in torch.{used}"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(random_ids(3, new_tokens), past_key_values=cache)
+    assert_unchanged(cache, before)
+    with pytest.raises(ValueError, match=message):
+        model.generate(random_ids(3, 7 + new_tokens), past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert_unchanged(cache, before)
+
+
+def test_a_cache_goes_on_under_autocast_but_not_out_of_it(tiny_model):
+    model = tiny_model()
+    new = random_ids(3, 2, seed=5)
+    with torch.no_grad():
+        cache, _ = filled(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(new, past_key_values=cache)
+            narrow = model(random_ids(3, 7), use_cache=True).past_key_values
+            model(new, past_key_values=narrow)
+        model(new, past_key_values=cache)
+        before = snapshot(narrow)
+        with pytest.raises(ValueError, match=r"made with activations in torch\.bfloat16"):
+            model(new, past_key_values=narrow)
+    assert_unchanged(narrow, before)
+
+
 def test_a_stock_layer_with_a_state_is_refused(tiny_model):
     model = tiny_model()
     cache = DynamicCache(config=model.config)
@@ -414,6 +448,10 @@ def test_a_stock_layer_with_a_state_is_refused(tiny_model):
         ),
         (lambda n: {"input_ids": random_ids(3, n), "labels": random_ids(3, n + 1)}, r"labels has shape \(3, \d\)"),
         (lambda n: {"input_ids": random_ids(3, 0)}, "input_ids has no tokens"),
+        (
+            lambda n: {"input_ids": torch.ones(3, n)},
+            "input_ids is torch.float32; it must be",
+        ),
         (lambda n: {"inputs_embeds": torch.full((3, n, 32), torch.nan)}, "inputs_embeds contains NaN"),
         (lambda n: {"inputs_embeds": torch.zeros(3, n, 31)}, "inputs_embeds has shape"),
         (lambda n: {"input_ids": random_ids(3, n), "inputs_embeds": torch.zeros(3, n, 32)}, "exactly one of"),

@@ -452,6 +452,7 @@ def test_bad_prompts_get_one_clear_sentence(model, options):
     for arguments, message in (
         ({"input_ids": torch.zeros(1, 0).long()}, "input_ids has no tokens"),
         ({"input_ids": torch.zeros(2, 0).long()}, "input_ids has no tokens"),
+        ({"input_ids": [[1, 2]]}, "input_ids is list; it must be a tensor of whole numbers, [batch, time]"),
         ({"inputs_embeds": torch.zeros(1, 0, 32).double()}, "inputs_embeds has no tokens"),
         ({"inputs_embeds": embeds}, "inputs_embeds contains NaN or infinite values"),
         ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 4)}, "attention_mask has shape (2, 4)"),
@@ -555,6 +556,19 @@ def test_solver_limits_of_generate_and_of_a_block(model):
             assert steps() < 5
         assert steps() == 5
     assert steps() == free
+
+
+def test_solver_limits_in_a_generation_config(model):
+    def steps(config=None, **options) -> int:
+        arguments = {"output_solver_stats": True, "return_dict_in_generate": True, **options}
+        stats = model.generate(random_ids(1, 5), generation_config=config, **arguments).solver_stats
+        return max(int(layer.steps.max()) for passed in stats for layer in passed)
+
+    config = GenerationConfig(cg_max_steps=3, **GREEDY)
+    assert steps(config) == 3
+    assert steps(config, cg_max_steps=2) == 2, "what a call says comes first"
+    with pytest.raises(ValueError, match="cg_tolerance is 2; it must lie between 0 and 1"):
+        steps(GenerationConfig(cg_tolerance=2, **GREEDY))
 
 
 def test_solver_limits_reach_beams_and_samples(model):

@@ -288,6 +288,26 @@ def test_drafts_by_several_settings_and_prompts(model, relative):
             assert torch.equal(model.generate(input_ids, **options, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("drafts", ["relative", "llama", "prompt lookup", "early exit"])
+def test_solver_limits_and_statistics_with_drafts(model, relative, drafts):
+    options = {
+        "relative": {"assistant_model": relative},
+        "llama": {"assistant_model": llama()},
+        "prompt lookup": LOOKUP,
+        "early exit": {"assistant_early_exit": 1},
+    }[drafts]
+    wanted = {"cg_max_steps": 3, "output_solver_stats": True, "return_dict_in_generate": True, **GREEDY}
+    expected = model.generate(random_ids(1, 9), **wanted)
+    passes = []
+    hook = model.register_forward_hook(lambda *called: passes.append(called[-1]))
+    output = model.generate(random_ids(1, 9), **options, **wanted)
+    hook.remove()
+    assert torch.equal(output.sequences, expected.sequences)
+    checked = [passed for passed in passes if passed.solver_stats is not None]
+    assert len(output.solver_stats) == len(checked), "what is recorded are the passes that check drafts"
+    assert {int(layer.steps.max()) for passed in output.solver_stats for layer in passed} == {3}
+
+
 def test_a_padded_prompt_with_drafts(model, relative):
     prompt = random_ids(1, 6)
     padded, mask = F.pad(prompt, (4, 0)), F.pad(torch.ones_like(prompt), (4, 0))

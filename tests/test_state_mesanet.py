@@ -294,6 +294,16 @@ def test_what_cannot_be_saved_leaves_the_old_file(make, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_state_file_can_be_shared(make, tmp_path):
+    """It has the permissions of any new file: safetensors makes files that their owner alone may read."""
+    model = make()
+    with torch.no_grad():
+        cache = model(random_ids(1, 3), use_cache=True).past_key_values
+    save_state(cache, tmp_path / "state", model=model)
+    (tmp_path / "any").touch()
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_forks_are_independent(model):
     cache = filled(model, 2)
     before = copy.deepcopy(cache)

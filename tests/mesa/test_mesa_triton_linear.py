@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mesa_inputs import relative_error
+from small_models import states
 from transformers.cache_utils import StaticCache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, modeling_mesanet
@@ -363,6 +364,86 @@ class TestModel:
                 outputs.append(each(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits[::2])
         assert fused == OF_A_LAYER * 3
         assert relative_error(outputs[1], outputs[0]) < 1e-5
+
+    @pytest.mark.parametrize(("rows", "steps"), [((2, 4), 3), ((2, 10), 3), pytest.param((1, 514), 0, id="tiles")])
+    def test_a_prompt(self, tiny_model, generator, fused, rows, steps):
+        """Up to FEW_ROWS, above, and where a program of the norm takes several rows: the modules' results, and no
+        tensor that others hold is written to.
+        """
+        model = tiny_model(**FEW | {"num_hidden_layers": 2, "cg_max_steps": steps}).to(DEVICE)
+        tokens = torch.randint(0, 97, rows, generator=generator).to(DEVICE)
+        options = {"use_cache": True, "output_hidden_states": True, "output_solver_stats": True}
+        with torch.no_grad():
+            expected = self.without(model)(tokens, **options)
+            embeds = model.get_input_embeddings()(tokens)
+            given, held = embeds.clone(), []
+            handles = [
+                layer.register_forward_hook(lambda _, inputs, output: held.append((output, copy.deepcopy(output))))
+                for layer in model.model.layers
+            ]
+            actual = model(inputs_embeds=embeds, **options)
+            for handle in handles:
+                handle.remove()
+        assert fused == OF_A_LAYER * 2
+        assert torch.equal(embeds, given)
+        assert all(torch.equal(output[0], when_made[0]) for output, when_made in held)
+        assert relative_error(actual.logits, expected.logits) < 1e-5
+        assert len(actual.hidden_states) == 3
+        for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+        for ours, theirs in zip(actual.solver_stats, expected.solver_stats, strict=True):
+            assert ours.steps.shape == (*rows, 2)
+            assert torch.equal(ours.steps, theirs.steps)
+        for ours, theirs in zip(states(actual.past_key_values), states(expected.past_key_values), strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+
+    @pytest.mark.parametrize("length", [4, 12])
+    def test_packed_sequences(self, tiny_model, generator, fused, length):
+        """Which run on from row to row, so that the layer sees one row."""
+        model = tiny_model(**FEW | VARIANTS["everything"]).to(DEVICE)
+        tokens = torch.randint(0, 97, (2, length), generator=generator).to(DEVICE)
+        bounds = torch.tensor([0, 3, 3, length + 2, 2 * length], device=DEVICE)
+        options = {"cu_seq_lens_q": bounds, "output_hidden_states": True, "output_solver_stats": True}
+        with torch.no_grad():
+            expected = self.without(model)(tokens, **options)
+            actual = model(tokens, **options)
+        assert fused == OF_A_LAYER
+        assert relative_error(actual.logits, expected.logits) < 1e-5
+        assert [tuple(states.shape) for states in actual.hidden_states] == [(2, length, 40)] * 2
+        for ours, theirs in zip(actual.solver_stats, expected.solver_stats, strict=True):
+            assert ours.steps.shape == (2, length, 2)
+            assert torch.equal(ours.steps, theirs.steps)
+
+    @pytest.mark.parametrize("pieces", [(3, 1, 2), (18,)])
+    def test_tokens_taken_back(self, tiny_model, generator, fused, pieces):
+        model = tiny_model(**FEW | VARIANTS["everything"]).to(DEVICE)
+        prompt = torch.randint(0, 97, (1, 5), generator=generator).to(DEVICE)
+        drafts = torch.randint(0, 97, (1, sum(pieces)), generator=generator).to(DEVICE)
+        with torch.no_grad():
+            wanted = self.without(model)(torch.cat([prompt, drafts[:, :-2]], 1), use_cache=True).past_key_values
+            assert fused == []
+            cache = model(prompt, use_cache=True).past_key_values
+            for layer in cache.layers:
+                layer.activate_past_recording()
+            for piece in drafts.split(pieces, dim=1):
+                model(piece, past_key_values=cache)
+            cache.crop(-2)
+        assert fused == OF_A_LAYER * (1 + len(pieces))
+        for ours, theirs in zip(cache.layers, wanted.layers, strict=True):
+            assert int(ours.get_seq_length()) == int(theirs.get_seq_length()) == 3 + sum(pieces)
+        for ours, theirs in zip(states(cache), states(wanted), strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+
+    def test_drafts_and_several_sequences_in_generate(self, tiny_model, generator, fused):
+        model = tiny_model(**FEW | {"num_hidden_layers": 2, "eos_token_id": None, "pad_token_id": 0}).to(DEVICE)
+        tokens = torch.randint(1, 97, (1, 5), generator=generator).to(DEVICE)
+        for options in ({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}, {"num_beams": 2}):
+            options |= {"max_new_tokens": 4, "do_sample": False}
+            expected = self.without(model).generate(tokens, **options)
+            assert fused == []
+            assert torch.equal(model.generate(tokens, **options), expected)
+            assert fused[:4] == OF_A_LAYER
+            del fused[:]
 
     def test_not_where_something_else_is_asked(self, tiny_model, generator, fused):
         model = tiny_model(**FEW).to(DEVICE)
