@@ -146,7 +146,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             self.seen_tokens = writable
         if self.is_counting:
             self.seen_tokens.add_(tokens)
-        if not self.is_initialized:
+        # The first tokens, or the first after `reset`.
+        if not self.has_previous_state[RECURRENT_H]:
             self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
             self.is_initialized = True
 

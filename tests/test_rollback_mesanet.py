@@ -190,6 +190,19 @@ def test_tokens_that_stayed_can_be_taken_back_later(model, monkeypatch, kept):
 
 
 @torch.no_grad()
+def test_a_state_goes_on_after_all_of_it_was_taken_back(model):
+    input_ids = random_ids(1, 9)
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(random_ids(1, 4, seed=3), past_key_values=cache)
+    cache.crop(-4)
+    for piece in input_ids.split(3, dim=1):
+        model(piece, past_key_values=cache)
+    model(input_ids, past_key_values=expected)
+    assert_same_state(cache, expected, 1e-10)
+
+
+@torch.no_grad()
 def test_nothing_is_kept_from_before_a_tape_that_grew_too_long(model, monkeypatch):
     monkeypatch.setattr(rollback_mesanet, "LONGEST_TAPE", 4)
     input_ids = random_ids(1, 30)
