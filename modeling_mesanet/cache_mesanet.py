@@ -5,7 +5,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .rollback_mesanet import Consumed, StateTape
+from .rollback_mesanet import KEPT_TOKENS, Consumed, StateTape
 
 # Slots of a layer's convolution states (the inputs of the last `conv_kernel_size - 1` tokens) and recurrent states.
 CONV_Q, CONV_K, CONV_V = 0, 1, 2
@@ -35,8 +35,21 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.seen_tokens: torch.Tensor | None = None
         # Whether `write` counts, or somebody else does.
         self.is_counting = True
-        # What was consumed since the last `crop`; only while recording.
+
+    @property
+    def record_past(self) -> bool:
+        """Whether consumed tokens are recorded. Also transformers sets it; what is recorded goes with it."""
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        self._record_past = on
+        self._forget_tape()
+
+    def _forget_tape(self) -> None:
+        # What was consumed since the last `crop`, and the last tokens before that; only while recording.
         self.tape: StateTape | None = None
+        self.past: StateTape | None = None
 
     @property
     def batch_size(self) -> int:
@@ -133,7 +146,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             self.seen_tokens = writable
         if self.is_counting:
             self.seen_tokens.add_(tokens)
-        if not self.is_initialized:
+        # The first tokens, or the first after `reset`.
+        if not self.has_previous_state[RECURRENT_H]:
             self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
             self.is_initialized = True
 
@@ -162,7 +176,7 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token; tensors and addresses stay."""
         self.make_writable()
-        self.tape = None
+        self._forget_tape()
         super().reset()
         if self.seen_tokens is not None:
             self.seen_tokens.zero_()
@@ -173,11 +187,11 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs to take tokens back."""
-        self.record_past, self.tape = True, None
+        self.record_past = True
 
     def stop_recording(self) -> None:
         """Keep no more than the states; tokens consumed so far stay."""
-        self.record_past, self.tape = False, None
+        self.record_past = False
 
     def record(self, consumed: Consumed, memory: int, backend: str | None = None) -> None:
         """Remember tokens, called before the states take them in.
@@ -197,15 +211,21 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             state = self.recurrent_state()
             # A snapshot of its own: the states are updated in place.
             self.tape = StateTape(conv_states, None if state is None else tuple(x.clone() for x in state), backend)
+            # Here, since after the last `crop` of all nobody needs it.
+            if self.past is not None and self.past.tokens > 2 * KEPT_TOKENS:
+                self.past.settle(self.past.tokens - KEPT_TOKENS)
+        tokens = self.tape.tokens + consumed.k.shape[1]
         self.tape.append(consumed)
+        if self.tape.tokens < tokens:  # it begins later now, and no longer where `past` ends
+            self.past = None
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last `-tokens_to_remove` tokens back, and settle on all that remain.
+        """Take the last `-tokens_to_remove` tokens back, and go on recording.
 
         Args:
             tokens_to_remove: 0 or negative, as transformers counts; at most as many as were recorded since the last
-                call.
+                call, and KEPT_TOKENS of those before.
 
         Raises:
             ValueError: positive.
@@ -216,30 +236,41 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             raise ValueError(
                 f"tokens_to_remove is {-count}; give minus the number of tokens to take back, such as {count}."
             )
-        recorded = 0 if self.tape is None else self.tape.tokens
-        if count > recorded and self.is_initialized:
+        since = 0 if self.tape is None else self.tape.tokens
+        before = 0 if self.past is None else self.past.tokens
+        if count > since + before and self.is_initialized:
             raise RuntimeError(
                 f"{count} tokens cannot be taken back, since a recurrent state does not contain its past and "
-                f"{recorded} are recorded; call activate_past_recording() on the cache before the tokens, or copy the "
-                "cache (copy.deepcopy) before them."
+                f"{since + before} are recorded; call activate_past_recording() on the cache before the tokens, or "
+                "copy the cache (copy.deepcopy) before them."
             )
-        tape, self.tape = self.tape, None
-        if count == 0 or not self.is_initialized:
+        if not self.is_initialized:
             return
-        conv_states, recurrent_states = tape.states_after(recorded - count)
-        if recurrent_states is None:
-            self.reset()
+        tape, self.tape = self.tape, None
+        left = since - count
+        if left < 0:
+            tape, self.past, left = self.past, None, before + left
+        if tape is None:  # nothing recorded, nothing to take back
+            return
+        conv_states, recurrent_states = tape.states_after(left) if count else (None, None)
+        tape.cut(left)
+        if self.past is None:
+            self.past = tape
         else:
+            self.past.extend(tape)
+        if count and recurrent_states is None:
+            self.reset()
+        elif count:
             self.write(conv_states, recurrent_states, -count)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, copies side by side."""
-        self.tape = None  # of the sequences as they were
+        self._forget_tape()  # of the sequences as they were
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
-        self.tape = None
+        self._forget_tape()
         self._map_states(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices])
 
     def _map_states(self, function) -> None:

@@ -18,6 +18,10 @@ from .mesa import PadOrder, mesa_attention
 # in the same pass as the first draft, stays smaller than the activations of that pass.
 LONGEST_TAPE = 1024
 
+# Of the tokens that stayed when others were taken back, at least so many can still be, and at most twice as many are
+# kept: where the assistant has another tokenizer, transformers tokenizes the last ones anew.
+KEPT_TOKENS = 64
+
 
 class Consumed(NamedTuple):
     """What a layer read of T tokens: `conv_inputs` `[B, T, channels]` a convolution, the convolved `k` `[B, T, H, K]`
@@ -49,23 +53,37 @@ class StateTape:
     ):
         self.conv_states, self.recurrent_states, self.backend = conv_states, recurrent_states, backend
         self.pieces: list[Consumed] = []
-
-    @property
-    def tokens(self) -> int:
-        """Tokens on the tape."""
-        return sum(piece.k.shape[1] for piece in self.pieces)
+        self.tokens = 0  # on the tape; counted, since there may be thousands of pieces of one token
 
     @torch.no_grad()
     def append(self, consumed: Consumed) -> None:
         """Take `consumed` on; of a tape grown far too long, the oldest tokens go into the snapshot for good."""
         self.pieces.append(_sliced(consumed, slice(None), torch.Tensor.detach))
+        self.tokens += consumed.k.shape[1]
         excess = self.tokens - LONGEST_TAPE
         # Not at every token: moving the snapshot replays the tape.
         if excess > LONGEST_TAPE or consumed.k.shape[1] > LONGEST_TAPE:
-            whole = self._joined()
-            self.conv_states, self.recurrent_states = self.states_after(excess)
-            # Copies, for a view of the last tokens would keep all of them.
-            self.pieces = [_sliced(whole, slice(excess, None), torch.clone)]
+            self.settle(excess)
+
+    @torch.no_grad()
+    def settle(self, tokens: int) -> None:
+        """Let the first `tokens` tokens go into the snapshot for good; not all of them."""
+        whole = self._joined()
+        self.conv_states, self.recurrent_states = self.states_after(tokens)
+        # Copies, for a view of the last tokens would keep all of them.
+        self.pieces = [_sliced(whole, slice(tokens, None), torch.clone)]
+        self.tokens -= tokens
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens alone."""
+        if tokens < self.tokens:
+            self.pieces = [_sliced(self._joined(), slice(tokens))] if tokens else []
+            self.tokens = tokens
+
+    def extend(self, tape: "StateTape") -> None:
+        """Take on the tokens of `tape`, which begins where this one ends."""
+        self.pieces += tape.pieces
+        self.tokens += tape.tokens
 
     @torch.no_grad()
     def states_after(self, tokens: int) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark in its smallest sizes on a CPU, what it holds to be right, and the table made from its results."""
 
+import itertools
 import json
 import math
 import os
@@ -259,15 +260,19 @@ def test_results_without_a_commit_are_refused(scripts, tmp_path, revision, messa
 def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     """The interpreter takes programs that the compiler refuses; 8.6 has the plain solve, 9.0 the one for Hopper."""
     pytest.importorskip("triton", reason="triton is not installed; nothing can be compiled")
+    options = {"--sizes": "64", "--devices": "86,90", "--around": "86"}
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "shared_memory.py"), "--sizes", "64", "--devices", "86,90"],
+        [sys.executable, str(BENCHMARKS / "shared_memory.py"), *itertools.chain(*options.items())],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "does not compile" not in run.stdout, run.stderr[-2000:]
-    for kernel in ("solve_chunks, backward", "solve_chunks_hopper, backward", "gradients", "decode"):
+    operator = ("solve_chunks, backward", "solve_chunks_hopper, backward", "gradients", "decode")
+    convolutions = ("short_convolution, packed", "short_convolution_backward")
+    linears = ("norm_linears", "add_linear", "norm_gated_linears", "norm_row", "norm_tile", "gate_rows")
+    for kernel in (*operator, *convolutions, *linears, "head_norm_backward", "gates", "decode_gluon, layer"):
         assert f"| {kernel} | 64 |" in run.stdout
     assembly = [path.read_text() for path in tmp_path.rglob("*.ptx")]
     assert any("shfl.sync.bfly" in text for text in assembly)

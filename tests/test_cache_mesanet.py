@@ -224,6 +224,11 @@ def test_reset_forgets_everything_and_keeps_addresses(exact_model):
     torch.testing.assert_close(logits, exact_model(other).logits, rtol=1e-12, atol=1e-12)
     assert [state.data_ptr() for state in states(cache)] == addresses
     assert cache.get_seq_length() == 5
+    # And then remembers again.
+    new = random_ids(3, 1, seed=9)
+    logits = exact_model(new, past_key_values=cache).logits
+    expected = exact_model(torch.cat([other, new], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,14 +16,16 @@ from small_models import random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
+    TextIteratorStreamer,
     Trainer,
     TrainingArguments,
     pipeline,
 )
 
-from modeling_mesanet import MesaNetForCausalLM, MesaNetForSequenceClassification
+from modeling_mesanet import MesaNetForCausalLM, MesaNetForSequenceClassification, bundled_checkpoint
 from modeling_mesanet.configuration_mesanet import LORA_TARGET_MODULES
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -59,6 +62,41 @@ def test_text_generation_pipeline(model, tokenizer, tmp_path):
         assert text == tokenizer.decode(model.generate(input_ids, **GREEDY)[0, input_ids.shape[1] :])
     batched = generate(prompts, batch_size=3, **options)
     assert [item[0]["generated_text"] for item in batched] == texts
+
+
+def test_streamed_text(model, tokenizer):
+    input_ids = random_ids(1, 5)
+    expected = tokenizer.decode(model.generate(input_ids, **GREEDY)[0, 5:])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=model.generate, kwargs={"input_ids": input_ids, "streamer": streamer, **GREEDY})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def test_stop_strings_in_a_batch():
+    """A row that has stopped is filled with pads and does not disturb the other."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_checkpoint())  # transformers wants one of bytes or words
+    model = MesaNetForCausalLM.from_pretrained(bundled_checkpoint(), dtype=torch.float32)
+    texts = ["The old captain", "She opened the letter and read it aloud to"]
+    rows = [model.generate(**tokenizer(text, return_tensors="pt"), **GREEDY)[0, -6:] for text in texts]
+    stop = tokenizer.decode(rows[0][1])
+    assert stop not in tokenizer.decode(rows[0][0])
+    assert stop not in tokenizer.decode(rows[1])
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, stop_strings=[stop], tokenizer=tokenizer, **GREEDY)[:, -6:]
+    assert torch.equal(output[1], rows[1])
+    assert torch.equal(output[0, :2], rows[0][:2])
+    assert (output[0, 2:] == tokenizer.pad_token_id).all()
+
+
+def test_guidance_keeps_a_state_of_its_own(model):
+    """Classifier-free guidance runs the model a second time, on a cache that transformers hands on."""
+    options = {"guidance_scale": 2.0, "negative_prompt_ids": random_ids(1, 3, seed=4), **GREEDY}
+    expected = model.generate(random_ids(1, 5), use_cache=False, **options)
+    assert not torch.equal(expected, model.generate(random_ids(1, 5), **GREEDY))
+    for way in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}):
+        assert torch.equal(model.generate(random_ids(1, 5), **way, **options), expected)
 
 
 def test_text_classification_pipeline(tiny_model, tokenizer, tmp_path):

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import random_ids as ids_of
 from small_models import states
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling_mesanet import MesaNetForCausalLM, rollback_mesanet
+from modeling_mesanet import MesaNetForCausalLM, cache_mesanet, rollback_mesanet
 
 # So few tokens that pairs of them recur and prompt lookup finds drafts, right ones and wrong ones.
 VOCABULARY = 11
@@ -33,7 +34,8 @@ def assert_same_state(cache, expected, tolerance: float) -> None:
 def make(tiny_model):
     def make(dtype=torch.float32, seed=0, **overrides) -> MesaNetForCausalLM:
         options = {"tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "conv_on_value": True}
-        model = tiny_model(dtype=dtype, seed=seed, vocab_size=VOCABULARY, **options | overrides)
+        options |= {"vocab_size": VOCABULARY}
+        model = tiny_model(dtype=dtype, seed=seed, **options | overrides)
         # By default an assistant stops drafting when it is unsure, which an untrained one always is.
         model.generation_config.assistant_confidence_threshold = 0.0
         model.generation_config.num_assistant_tokens = 5
@@ -158,6 +160,61 @@ def test_recording_can_go_on_after_a_crop(model):
         cache.crop(-removed)
         position += length - removed
     model(input_ids[:, :position], past_key_values=expected)
+    assert_same_state(cache, expected, 1e-10)
+
+
+@pytest.mark.parametrize("kept", [2, 64])
+@torch.no_grad()
+def test_tokens_that_stayed_can_be_taken_back_later(model, monkeypatch, kept):
+    monkeypatch.setattr(cache_mesanet, "KEPT_TOKENS", kept)
+    input_ids, mask = random_ids(2, 40), torch.ones(2, 40).bool()
+    mask[0, :8] = mask[1, 12] = False
+    cache = DynamicCache(config=model.config)
+    model(input_ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    cache.activate_past_recording()
+    position = 6
+    for length, removed in ((4, 1), (3, 2), (1, 3), (5, 0), (6, 0), (2, 4), (3, 3), (2, 1)):
+        end = position + length
+        model(input_ids[:, position:end], attention_mask=mask[:, :end], past_key_values=cache)
+        cache.crop(-removed)
+        position = end - removed
+        expected = DynamicCache(config=model.config)
+        model(input_ids[:, :position], attention_mask=mask[:, :position], past_key_values=expected)
+        assert_same_state(cache, expected, 1e-10)
+        held = cache.layers[0]
+        assert held.past.tokens <= 2 * kept + length, "what is left of the last call, beside what was kept"
+    held.record_past = False  # as transformers ends it
+    assert (held.tape, held.past) == (None, None)
+    with pytest.raises(RuntimeError, match=r"1 tokens cannot be taken back, .* 0 are recorded"):
+        held.crop(-1)
+
+
+@torch.no_grad()
+def test_a_state_goes_on_after_all_of_it_was_taken_back(model):
+    input_ids = random_ids(1, 9)
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(random_ids(1, 4, seed=3), past_key_values=cache)
+    cache.crop(-4)
+    for piece in input_ids.split(3, dim=1):
+        model(piece, past_key_values=cache)
+    model(input_ids, past_key_values=expected)
+    assert_same_state(cache, expected, 1e-10)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_from_before_a_tape_that_grew_too_long(model, monkeypatch):
+    monkeypatch.setattr(rollback_mesanet, "LONGEST_TAPE", 4)
+    input_ids = random_ids(1, 30)
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(input_ids[:, :3], past_key_values=cache)
+    cache.crop(0)
+    model(input_ids[:, 3:20], past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"5 tokens cannot be taken back, .* 4 are recorded"):
+        cache.crop(-5)
+    cache.crop(-3)
+    model(input_ids[:, :17], past_key_values=expected)
     assert_same_state(cache, expected, 1e-10)
 
 
@@ -338,6 +395,27 @@ def test_mesanet_assists_another_architecture(model, monkeypatch):
         expected = target.generate(input_ids, **GREEDY)
         assert torch.equal(target.generate(input_ids, assistant_model=model, **GREEDY), expected)
     assert any(removed > 0 for removed in crops.removed)
+
+
+def test_an_assistant_with_another_tokenizer(make):
+    """Its last tokens are made anew from text, so that more is taken back than it drafted last."""
+    text = ["abad baba dab abba bad dad cab abaca dabba", "cabab abab bacab"]
+    tokenizers = []
+    for size in (8, 24):
+        backend = Tokenizer(models.BPE())
+        backend.decoder = decoders.Fuse()
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<s>"])
+        backend.train_from_iterator(text, trainer)
+        tokenizers.append(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>"))
+    models_of = [make(torch.float64, seed=i, vocab_size=len(each)) for i, each in enumerate(tokenizers)]
+    for main, other in ((0, 1), (1, 0)):
+        options = {"tokenizer": tokenizers[main], "assistant_tokenizer": tokenizers[other]}
+        for prompt in ("abad dab", "cab abba dabba ba"):
+            input_ids = tokenizers[main](prompt, return_tensors="pt").input_ids
+            plain = {"suppress_tokens": [0, 1], **GREEDY}
+            expected = models_of[main].generate(input_ids, **plain)
+            output = models_of[main].generate(input_ids, assistant_model=models_of[other], **options, **plain)
+            assert torch.equal(output, expected)
 
 
 def test_sampling_with_drafts_is_reproducible(model, relative):

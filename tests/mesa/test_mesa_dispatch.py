@@ -518,7 +518,11 @@ class TestFusedLinears:
         def normed(x, weight, eps):
             return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
-        def norm_linears(x, weight, eps, weights, rounded):
+        self.copying = 1.0
+
+        def norm_linears(x, weight, eps, weights, rounded, copy=None):
+            if copy is not None:
+                copy.copy_(x * self.copying)
             rows = normed(x, weight, eps)
             outputs = [rows.float() @ w.float().mT for w in weights]
             return [y.to(x.dtype) if i < rounded else y for i, y in enumerate(outputs)]
@@ -531,9 +535,9 @@ class TestFusedLinears:
             return torch.nn.functional.silu(rows @ gate.mT) * (rows @ up.mT)
 
         def counted(launch):
-            def called(*arguments):
+            def called(*arguments, **options):
                 self.calls.append(launch.__name__)
-                return self.fault(launch.__name__, launch(*arguments))
+                return self.fault(launch.__name__, launch(*arguments, **options))
 
             return called
 
@@ -562,6 +566,15 @@ class TestFusedLinears:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not mesa_dispatch.use_fused_linears(*self.CASE)
         assert mesa_dispatch.use_fused_linears(CPU, torch.bfloat16, 4, None, *self.NUMBERS)  # untested, other kernels
+
+    def test_a_bad_copy_of_the_residual_is_noticed(self):
+        many = CPU, torch.float32, 32, "auto", *self.NUMBERS
+        assert mesa_dispatch.use_fused_linears(*many)
+        mesa_dispatch.linears_are_right.cache_clear()
+        self.copying = 1.1
+        with pytest.warns(UserWarning, match="projections of a layer do not work on cpu .*a relative error of"):
+            assert not mesa_dispatch.use_fused_linears(*many)
+        assert mesa_dispatch.use_fused_linears(*self.CASE)  # without a copy
 
     def test_kernels_that_do_not_compile(self):
         self.fault = lambda name, y: broken(y)
