@@ -87,7 +87,10 @@ def _(q, k, v, log_gamma, beta, lam, h, g, max_steps, tolerance):
 
 def decodes_tokens(q: torch.Tensor) -> bool:
     """Whether `decode_tokens` takes queries like `q` `[B, T, H, K]`: few of them, on a CPU, which no compiler sees."""
-    if q.device.type != "cpu" or type(q) is not torch.Tensor or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or type(q) is not torch.Tensor:
+        return False
+    # A trace would keep as a constant what NumPy solves.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return 0 < q.shape[1] <= FEW_TOKENS and 0 < q.numel() * q.shape[-1] <= FEW_ENTRIES
 
@@ -113,26 +116,27 @@ def decode_tokens(
         residual, `[B, T, H]`.
     """
     batch, length, heads, key_dim = q.shape
-    q, k, v, log_gamma, beta = (tensor.transpose(0, 1) for tensor in (q, k, v, log_gamma, beta))
-    gamma = log_gamma.exp()[..., None, None]
-    weighted_key = (beta.unsqueeze(-1) * k).unsqueeze(-1)
-    states = []
-    for before, columns in ((initial_h, k), (initial_g, v)):
-        after = k.new_empty(length, batch, heads, key_dim, columns.shape[-1])
-        if before is None:
-            before = torch.zeros_like(after[0])
-        for t in range(length):
-            before = torch.mul(before, gamma[t], out=after[t]).addcmul_(weighted_key[t], columns[t].unsqueeze(-2))
-        states.append(after)
-    h, g = states
-    if max_steps == 0:
-        x, steps, residual = q, torch.zeros_like(beta, dtype=torch.int32), torch.zeros_like(beta)
-    else:
-        x, steps, residual = solve(h.flatten(0, 1), lam, q.flatten(0, 1), max_steps, tolerance)
-        x = torch.from_numpy(x)
-        steps = torch.tensor(steps, dtype=torch.int32).view(beta.shape)
-        residual = torch.tensor(residual, dtype=beta.dtype).view(beta.shape)
-    o = torch.matmul(x.reshape(length, batch, heads, 1, key_dim), g).squeeze(-2)
-    # Copies, which do not hold the states of all tokens.
-    final = h[-1].clone(), g[-1].clone()
-    return o.transpose(0, 1).contiguous(), *final, steps.transpose(0, 1), residual.transpose(0, 1)
+    with full_precision(q.device):
+        q, k, v, log_gamma, beta = (tensor.transpose(0, 1) for tensor in (q, k, v, log_gamma, beta))
+        gamma = log_gamma.exp()[..., None, None]
+        weighted_key = (beta.unsqueeze(-1) * k).unsqueeze(-1)
+        states = []
+        for before, columns in ((initial_h, k), (initial_g, v)):
+            after = k.new_empty(length, batch, heads, key_dim, columns.shape[-1])
+            if before is None:
+                before = torch.zeros_like(after[0])
+            for t in range(length):
+                before = torch.mul(before, gamma[t], out=after[t]).addcmul_(weighted_key[t], columns[t].unsqueeze(-2))
+            states.append(after)
+        h, g = states
+        if max_steps == 0:
+            x, steps, residual = q, torch.zeros_like(beta, dtype=torch.int32), torch.zeros_like(beta)
+        else:
+            x, steps, residual = solve(h.flatten(0, 1), lam, q.flatten(0, 1), max_steps, tolerance)
+            x = torch.from_numpy(x)
+            steps = torch.tensor(steps, dtype=torch.int32).view(beta.shape)
+            residual = torch.tensor(residual, dtype=beta.dtype).view(beta.shape)
+        o = torch.matmul(x.reshape(length, batch, heads, 1, key_dim), g).squeeze(-2)
+        # Copies, which do not hold the states of all tokens.
+        final = h[-1].clone(), g[-1].clone()
+        return o.transpose(0, 1).contiguous(), *final, steps.transpose(0, 1), residual.transpose(0, 1)

@@ -100,7 +100,7 @@ def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int],
             input; the MLP's intermediate size.
         backend: as in `mesa_attention`.
     """
-    if x.dtype not in TRITON_DTYPES:
+    if x.dtype not in TRITON_DTYPES or x.numel() == 0:
         return False
     # A plain number also where a compiler traces a batch of any size: the kernels are compiled for powers of two, and
     # twice for all batches of more than FEW_ROWS.

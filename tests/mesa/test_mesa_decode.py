@@ -268,3 +268,28 @@ class TestFewTokens:
             assert relative_error(compiled(*learning).o, mesa_attention(*learning).o) < 1e-9
         assert few == [6, 6]
         torch._dynamo.reset()
+
+    def test_speed_settings_do_not_reach_it(self, few):
+        """As for every path: no 16-bit products in place of float32."""
+        inputs, state = (
+            make_inputs("scream", length=7, dtype=torch.float32),
+            make_state(2, 2, 16, 12, dtype=torch.float32),
+        )
+        expected = mesa_attention(*inputs, initial_state=state, output_final_state=True, tolerance=1e-4)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = mesa_attention(*inputs, initial_state=state, output_final_state=True, tolerance=1e-4)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert few == [7, 7]
+        assert torch.equal(actual.o, expected.o)
+        assert all(torch.equal(*pair) for pair in zip(actual.final_state, expected.final_state, strict=True))
+
+    def test_is_not_kept_in_a_trace(self, few):
+        inputs = make_inputs(length=6)
+        other = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        with torch.no_grad():
+            traced = torch.jit.trace(lambda q: mesa_attention(q, *inputs[1:]).o, inputs.q, check_trace=False)
+            assert few == []
+            assert relative_error(traced(other), mesa_attention(other, *inputs[1:]).o) < 1e-9

@@ -602,6 +602,7 @@ class TestFusedLinears:
             assert [rows for rows, *_ in seen] == [1, 4, 8, 16, 16, 32, 32, 512]
             assert seen[0][1:] == ("auto", self.NUMBERS)
             assert not fuses_linears(torch.zeros(1, 1, 24, dtype=torch.float64), self.SIZES)
+            assert not fuses_linears(torch.zeros(0, 3, 24), self.SIZES)
             assert len(seen) == 8
 
     def test_decided_while_a_compiler_traces(self):
