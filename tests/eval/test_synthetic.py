@@ -43,6 +43,7 @@ def tiny_task(monkeypatch) -> str:
         quick=schedule,
         published=schedule,
         batch_size=32,
+        size=TINY_SIZE,
     )
     monkeypatch.setitem(TASKS, "tiny", task)
     return "tiny"
@@ -216,7 +217,7 @@ def test_runs_that_differ_have_names_that_differ():
 class TestTraining:
     def test_mesanet_learns_to_recall(self, tiny_task):
         """A guess among the eight values is right in one case of eight."""
-        result = synthetic.train(Run(tiny_task, "mesanet", 1e-2, 0.1, seed=0, epochs=1), size=TINY_SIZE)
+        result = synthetic.train(Run(tiny_task, "mesanet", 1e-2, 0.1, seed=0, epochs=1))
         assert result["accuracy"] > 0.6
         assert result["steps"] == 64
         assert result["loss"][-1][1] < 0.5 * result["loss"][0][1]
@@ -226,19 +227,20 @@ class TestTraining:
     def test_compression_reads_all_tokens_off_the_last_output(self, monkeypatch):
         options = {"length": 4, "vocab": 5}
         small = {"vocab": 5, "train": (Segment(4096, options),), "test": (Segment(64, options),), "batch_size": 64}
+        small["size"] = TINY_SIZE
         monkeypatch.setitem(TASKS, "compression", dataclasses.replace(TASKS["compression"], **small))
-        result = synthetic.train(Run("compression", "attention", 1e-2, 0.0, seed=0, epochs=2), size=TINY_SIZE)
+        result = synthetic.train(Run("compression", "attention", 1e-2, 0.0, seed=0, epochs=2))
         assert result["accuracy"] > 0.6  # the end token is a quarter of all, and a guess one in four of the rest
 
     def test_a_run_repeats_itself(self, tiny_task):
         run = Run(tiny_task, "attention", 1e-2, 0.1, seed=1, epochs=1)
-        first, again = (synthetic.train(run, size=TINY_SIZE) for _ in range(2))
+        first, again = (synthetic.train(run) for _ in range(2))
         assert first["loss"] == again["loss"]
         assert first["segments"] == again["segments"]
 
     def test_divergence_is_told(self, tiny_task, monkeypatch):
         monkeypatch.setattr(synthetic.F, "cross_entropy", lambda logits, targets: logits.sum() * float("nan"))
-        result = synthetic.train(Run(tiny_task, "attention", 1e-2, 0.1, seed=1, epochs=1), size=TINY_SIZE)
+        result = synthetic.train(Run(tiny_task, "attention", 1e-2, 0.1, seed=1, epochs=1))
         assert result["diverged"]
         assert result["steps"] < 64
 
@@ -276,10 +278,6 @@ class TestTraining:
 
 
 class TestCommand:
-    @pytest.fixture(autouse=True)
-    def small(self, monkeypatch):
-        monkeypatch.setattr(synthetic, "Size", lambda: TINY_SIZE)
-
     def test_table(self, mesanet, tiny_task, tmp_path, monkeypatch):
         task = TASKS[tiny_task]
         monkeypatch.setitem(TASKS, tiny_task, dataclasses.replace(task, train=(Segment(128, TINY),)))
