@@ -67,9 +67,9 @@ def test_figures_are_those_of_the_results_files():
         # What only a GPU can measure may not have been measured yet.
         if name != "gpu_operators" or tables.results_of(name):
             assert f"<!-- results: {name} -->\n| " in README
-    for document, quoted in tables.DOCUMENTS.items():
+    for document, (folder, quoted) in tables.DOCUMENTS.items():
         text = document.read_text(encoding="utf-8")
-        assert tables.render(text, tables=quoted) == text, document
+        assert tables.render(text, folder, quoted) == text, document
 
 
 def test_tree_names_every_module():

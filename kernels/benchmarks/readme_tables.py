@@ -2,7 +2,7 @@
 """Writes the figures of `results/` into the READMEs: `python kernels/benchmarks/readme_tables.py`.
 
 A table NAME stands between `<!-- results: NAME -->` and `<!-- end results -->` and comes from `results/NAME.json`, or
-from each `results/NAME_<machine>.json`.
+from each `results/NAME_<machine>.json`; that of the synthetic tasks from `eval/results/`.
 """
 
 import json
@@ -15,6 +15,7 @@ from modeling_mesanet.files import replacing
 BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
 ROOT = BENCHMARKS.parents[1]
+EVALUATIONS = ROOT / "eval" / "results"
 
 
 def cpu_generation(results: dict) -> str:
@@ -87,6 +88,37 @@ def speculative_decoding(results: dict) -> str:
         f"{results['dtype']}; {threads}{results['machine']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; {results['date']}, revision {results['revision']}; from "
         "`kernels/benchmarks/speculative_decoding.py`."
+    )
+    return "\n".join(lines)
+
+
+def synthetic(results: dict) -> str:
+    """Accuracy of the layers on the synthetic tasks, and of a grid of learning rates the best.
+
+    Raises:
+        SystemExit: the runs differ in machine or versions.
+    """
+    table, runs = results["table"], results["runs"]
+    layers = list(dict.fromkeys(row["layer"] for row in table))
+    lines = [f"| accuracy, % | {' | '.join(layers)} |", f"|---|{'---|' * len(layers)}"]
+    for task, test in dict.fromkeys((row["task"], row["test"]) for row in table):
+        rates = sorted({run["learning_rate"] for run in runs if run["task"] == task})
+        cells = []
+        for layer in layers:
+            row = find(results, "table", task=task, test=test, layer=layer)
+            rate = f" (at {row['learning_rate']:g})" if len(rates) > 1 and not test else ""
+            cells.append(f"{100 * row['accuracy']:.1f}{rate}")
+        name = f"{task}, {test}" if test else f"{task}, rates {', '.join(f'{rate:g}' for rate in rates)}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    places = {(run["device"], run["versions"]["torch"], run["versions"]["transformers"]) for run in runs}
+    if len(places) > 1:
+        raise SystemExit("the synthetic tasks were trained on several machines or versions: train them in one place.")
+    device, torch, transformers = next(iter(places))
+    steps = [run["steps"] for run in runs]
+    lines.append("")
+    lines.append(
+        f"One seed, {min(steps):,} to {max(steps):,} steps, {device}, torch {torch}, transformers {transformers}; "
+        "from `mesanet synthetic`."
     )
     return "\n".join(lines)
 
@@ -453,11 +485,14 @@ TABLES = {
 }
 # These stand in the README once they were measured.
 MEASURED_LATER = {"training_curves": training_curves, "gpu_generation": gpu_generation}
-# Every file that quotes results, and its tables.
+# Every file that quotes results, where they are, and its tables.
 DOCUMENTS = {
-    ROOT / "README.md": TABLES | MEASURED_LATER,
-    ROOT / "examples" / "README.md": {"head_norm": head_norm},
+    ROOT / "README.md": (RESULTS, TABLES | MEASURED_LATER),
+    ROOT / "examples" / "README.md": (RESULTS, {"head_norm": head_norm}),
+    ROOT / "eval" / "README.md": (EVALUATIONS, {"synthetic": synthetic}),
 }
+# Written by an installed command, which knows versions but no commit.
+WITHOUT_REVISION = {"synthetic"}
 
 
 def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
@@ -469,7 +504,8 @@ def results_of(name: str, folder: Path = RESULTS) -> list[dict]:
     found = []
     for path in sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}_*.json")]):
         results = json.loads(path.read_text(encoding="utf-8"))
-        for revision in {part["revision"] for part in results.get("measured", {"all": results}).values()}:
+        parts = [] if name in WITHOUT_REVISION else results.get("measured", {"all": results}).values()
+        for revision in {part["revision"] for part in parts}:
             if revision is None:
                 raise SystemExit(f"results/{path.name} names no git revision: measure again with --revision.")
             if revision.endswith("-dirty"):
@@ -500,7 +536,7 @@ def render(text: str, folder: Path = RESULTS, tables: dict[str, Callable] = TABL
 
 
 if __name__ == "__main__":
-    for document, quoted in DOCUMENTS.items():
-        rendered = render(document.read_text(encoding="utf-8"), tables=quoted)
+    for document, (folder, quoted) in DOCUMENTS.items():
+        rendered = render(document.read_text(encoding="utf-8"), folder, quoted)
         with replacing(document) as temporary:
             temporary.write_text(rendered, encoding="utf-8")
