@@ -26,10 +26,10 @@ from .mesa_triton_states import (
     CHUNK_NUMBERS,
     FIRST_PASS,
     SECOND_PASS,
+    SEGMENT_NUMBERS,
     SINGLE_PASS,
     carry_adjoints_kernel,
     carry_states_kernel,
-    join_segments_kernel,
     prepare_chunks_kernel,
 )
 
@@ -129,7 +129,7 @@ class Plan:
 
     Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the
     plan has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens,
-    0 for chunks that do not exist; `segment_table` `[segments, 2]`: first chunk, number of chunks).
+    0 for chunks that do not exist; `segment_table` `[segments, SEGMENT_COLUMNS]`).
     """
 
     def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
@@ -141,35 +141,46 @@ class Plan:
         self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, -(-self.chunks * heads * blocks // SEGMENT_PROGRAMS))
         longest = self.chunks if self.packed else self.chunks_per_row
         self.segmented = self.chunks_per_segment < longest
-        self.chunk_table = self.segment_table = self.segment_bounds = None
+        self.chunk_table = self.segment_table = None
         if not self.segmented:
             self.chunks_per_segment = longest
         self.segments_per_row = -(-self.chunks_per_row // self.chunks_per_segment)
         self.segments = batch * self.segments_per_row
         if self.packed:
-            chunk_bounds, self.chunk_table = cut(cu_seqlens.long(), chunk_size, self.chunks)
-            if self.segmented:
-                self.segments = self.chunks // self.chunks_per_segment + self.sequences
-                self.segment_bounds, self.segment_table = cut(chunk_bounds, self.chunks_per_segment, self.segments)
-            else:
-                self.segments = self.sequences
-                self.segment_table = torch.stack([chunk_bounds[:-1], chunk_bounds.diff()], 1)
+            chunk_bounds, chunks = cut(cu_seqlens.long(), chunk_size, self.chunks)
+            self.chunk_table = torch.stack([chunks.start, chunks.length], 1)
+            self.segments = self.sequences + (self.chunks // self.chunks_per_segment if self.segmented else 0)
+            # An empty sequence has a segment, too, which leaves its initial state as the final one.
+            self.segment_table = torch.stack(cut(chunk_bounds, self.chunks_per_segment, self.segments, least=1)[1], 1)
 
 
-def cut(bounds: torch.Tensor, size: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the spans between `bounds` `[S + 1]` into pieces of `size`.
+class Pieces(NamedTuple):
+    """Pieces of spans: where they start, their lengths, their spans, and how many of a span's come before and after.
+
+    int64 `[room]` each; of pieces that do not exist the length is 0 and the number after them negative.
+    """
+
+    start: torch.Tensor
+    length: torch.Tensor
+    span: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+
+def cut(bounds: torch.Tensor, size: int, room: int, least: int = 0) -> tuple[torch.Tensor, Pieces]:
+    """Cut the spans between `bounds` `[S + 1]` into pieces of `size`, each span into at `least` so many.
 
     Returns:
-        The bounds of the spans counted in pieces `[S + 1]`, and a table `[room, 2]` of each piece's first element and
-        its length (0 for pieces that do not exist).
+        The bounds of the spans counted in pieces `[S + 1]`, and the pieces, with `room` for more.
     """
     lengths = bounds.diff()
-    piece_bounds = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
+    counts = ((lengths + size - 1) // size).clamp_min(least)
+    piece_bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     piece = torch.arange(room, device=bounds.device)
     span = torch.searchsorted(piece_bounds[1:], piece, right=True).clamp_max(lengths.shape[0] - 1)
-    start = (piece - piece_bounds[span]) * size
-    count = (lengths[span] - start).clamp(0, size)
-    return piece_bounds, torch.stack([bounds[span] + start, count], 1)
+    before, after = piece - piece_bounds[span], piece_bounds[span + 1] - 1 - piece
+    length = (lengths[span] - before * size).clamp(0, size)
+    return piece_bounds, Pieces(bounds[span] + before * size, length, span, before, after)
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
@@ -220,33 +231,17 @@ class Layer:
             self.empty(count, self.heads, self.key_dim, self.value_dim),
         )
 
-    def carry(self, run_pass, initial, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call `run_pass(pass number, start, end, segment decay)` over all segments; returns the final states."""
+    def carry(self, run_pass, initial) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call `run_pass` over all segments with its number, and states by name; returns the final states."""
         plan, final = self.plan, self.boundary_states(self.plan.sequences)
+        ends = named("initial_h", "initial_g", values=initial) | named("final_h", "final_g", values=final)
         if not plan.segmented:
-            run_pass(SINGLE_PASS.value, initial, final, None)
+            run_pass(SINGLE_PASS, **ends, **named("parts_h", "parts_g", values=None), segment_numbers=None)
             return final
-        parts, decay = self.boundary_states(plan.segments), self.empty(plan.segments, self.heads)
-        run_pass(FIRST_PASS.value, None, parts, decay)
-        for part, start, end in zip(parts, initial or (None, None), final, strict=True):
-            size = part.shape[-1] * part.shape[-2]
-            launch(
-                join_segments_kernel,
-                (plan.sequences * self.heads, -(-size // 1024)),
-                parts=part,
-                segment_decay=decay,
-                initial=start,
-                final=end,
-                bounds=plan.segment_bounds,
-                heads=self.heads,
-                segments_per_row=plan.segments_per_row,
-                SIZE=size,
-                BLOCK=1024,
-                HAS_INITIAL=start is not None,
-                PACKED=plan.packed,
-                REVERSE=reverse,
-            )
-        run_pass(SECOND_PASS.value, parts, None, None)
+        sums = named("parts_h", "parts_g", values=self.boundary_states(plan.segments))
+        sums["segment_numbers"] = self.empty(plan.segments, self.heads, SEGMENT_NUMBERS.value)
+        run_pass(FIRST_PASS, **dict.fromkeys(ends), **sums)
+        run_pass(SECOND_PASS, **ends, **sums)
         return final
 
     @property
@@ -270,7 +265,7 @@ class Layer:
             [self.empty(*shape, size, dtype=torch.float16) if term < self.terms else None for term in range(2)]
             for size in (self.key_padded, self.value_padded)
         ]
-        vectors = [self.empty(*shape) for _ in range(9)]
+        vectors = self.empty(9, *shape).unbind()
         chunks = Chunks(*pairs[0], *pairs[1], *vectors, self.empty(*shape[:2], CHUNK_NUMBERS.value))
         sizes = {name: self.sizes[name] for name in ("C", "K", "V", "KP", "VP")}
         launch(
@@ -294,22 +289,20 @@ class Layer:
         """The states before every chunk, and the final states."""
         h, g = self.new_pairs()
 
-        def run_pass(number, start, end, decay):
+        def run_pass(number, **boundaries):
             launch(
                 carry_states_kernel,
                 self.carry_grid,
                 **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
-                **named("initial_h", "initial_g", values=start),
-                **named("final_h", "final_g", values=end),
+                **boundaries,
                 **named("h_high", "h_low", "h_scale", values=h),
                 **named("g_high", "g_low", "g_scale", values=g),
-                segment_decay=decay,
                 segment_table=self.plan.segment_table,
                 heads=self.heads,
                 chunks_per_row=self.plan.chunks_per_row,
                 chunks_per_segment=self.plan.chunks_per_segment,
-                HAS_INITIAL=start is not None,
-                PASS=number,
+                HAS_INITIAL=boundaries["initial_h"] is not None,
+                PASS=number.value,
                 PACKED=self.plan.packed,
                 TERMS=self.terms,
                 num_warps=8,
@@ -317,7 +310,7 @@ class Layer:
                 **self.sizes,
             )
 
-        return h, g, self.carry(run_pass, initial, reverse=False)
+        return h, g, self.carry(run_pass, initial)
 
     def adjoints(self, x: Rows, y: Rows, adjoints: Adjoints, h, g, chunks, initial):
         """The adjoint states after every chunk, their products with the states, and the initial states' gradients."""
@@ -329,7 +322,7 @@ class Layer:
         if crossings > blocks * self.key_padded:
             crossing.zero_()
 
-        def run_pass(number, start, end, decay):
+        def run_pass(number, **boundaries):
             launch(
                 carry_adjoints_kernel,
                 self.carry_grid,
@@ -342,20 +335,18 @@ class Layer:
                 update_h=adjoints.update_h,
                 update_g=adjoints.update_g,
                 numbers=chunks.numbers,
-                **named("initial_h", "initial_g", values=start),
-                **named("final_h", "final_g", values=end),
+                **boundaries,
                 **named("dh_high", "dh_low", "dh_scale", values=dh),
                 **named("dg_high", "dg_low", "dg_scale", values=dg),
                 **named("h_high", "h_low", "h_scale", values=h),
                 **named("g_high", "g_low", "g_scale", values=g),
                 crossing=crossing,
-                segment_decay=decay,
                 segment_table=self.plan.segment_table,
                 heads=self.heads,
                 chunks_per_row=self.plan.chunks_per_row,
                 chunks_per_segment=self.plan.chunks_per_segment,
-                HAS_INITIAL=start is not None,
-                PASS=number,
+                HAS_INITIAL=boundaries["initial_h"] is not None,
+                PASS=number.value,
                 PACKED=self.plan.packed,
                 TERMS=self.terms,
                 CROSSINGS=crossings,
@@ -366,7 +357,7 @@ class Layer:
                 **self.sizes,
             )
 
-        return dh, dg, crossing, self.carry(run_pass, initial, reverse=True)
+        return dh, dg, crossing, self.carry(run_pass, initial)
 
     def solve(
         self, b, lam, h, g, chunks, max_steps, tolerance, *, x: Rows | None = None, o=None, keep=True, stats=False

@@ -37,23 +37,37 @@ STATE_PEAK = tl.constexpr(2.0**14)
 DECAY, UNIT_H, UNIT_G, GROWTH_H, GROWTH_G, CHUNK_NUMBERS = (tl.constexpr(i) for i in range(6))
 
 # What a launch does with a segment: all there is to do where it is a whole sequence; or, where sequences are cut,
-# first sum it up from zero, and then, knowing what came before it, store its states.
+# first sum it up from zero, and then, going on from the sums of those before it, store its states.
 SINGLE_PASS, FIRST_PASS, SECOND_PASS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# Numbers that the first pass writes for a segment and head: the decay across it, and what bounds the entries of its
+# sums of H and G.
+ACROSS, BOUND_H, BOUND_G, SEGMENT_NUMBERS = (tl.constexpr(i) for i in range(4))
+
+# Columns of a table of segments: first chunk and number of chunks, the sequence, and how many of its segments come
+# before and after. A segment that does not exist has no chunks, at least one segment before it, and fewer than none
+# after it.
+FIRST_CHUNK, CHUNKS, SEQUENCE, BEFORE, AFTER, SEGMENT_COLUMNS = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
 def locate_segment(segment, chunks_per_row, chunks_per_segment, table, PACKED: tl.constexpr):
-    """First chunk and number of chunks of a segment; packed sequences have a table `[segments, 2]`."""
+    """First chunk, number of chunks, sequence, segments before and after; packed sequences have a table of them."""
     if PACKED:
-        first = tl.load(table + 2 * segment).to(tl.int32)
-        count = tl.load(table + 2 * segment + 1).to(tl.int32)
+        table += SEGMENT_COLUMNS * segment
+        first = tl.load(table + FIRST_CHUNK).to(tl.int32)
+        count = tl.load(table + CHUNKS).to(tl.int32)
+        sequence = tl.load(table + SEQUENCE).to(tl.int32)
+        before = tl.load(table + BEFORE).to(tl.int32)
+        after = tl.load(table + AFTER).to(tl.int32)
     else:
         per_row = tl.cdiv(chunks_per_row, chunks_per_segment)
         sequence = segment // per_row
-        start = (segment - sequence * per_row) * chunks_per_segment
-        first = sequence * chunks_per_row + start
-        count = tl.minimum(chunks_per_segment, chunks_per_row - start)
-    return first, count
+        before = segment - sequence * per_row
+        after = per_row - 1 - before
+        first = sequence * chunks_per_row + before * chunks_per_segment
+        count = tl.minimum(chunks_per_segment, chunks_per_row - before * chunks_per_segment)
+    return first, count, sequence, before, after
 
 
 @triton.jit
@@ -196,19 +210,60 @@ def outer_products(left, left_rest, offset, right, TERMS: tl.constexpr):
 
 @triton.jit
 def start_state(
-    initial, boundary, block, HAS_INITIAL: tl.constexpr, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
-    DP: tl.constexpr, BN: tl.constexpr,
+    initial, parts, segment_numbers, segment, head, heads, sequence, before, block, IS_KEY: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, PASS: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    KP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Columns `block` of the state that a segment starts from, and the largest entry of the whole of it."""
+    """Columns `block` of the state that a segment starts from, and a bound of all entries of the whole of it.
+
+    In REVERSE, `before` segments of its sequence come after it.
+    """
+    state = tl.zeros([KP, BN], dtype=tl.float32)
     bound = 0.0
     if HAS_INITIAL:
         # All blocks of a state have one bound, and so one scale.
+        whole = sequence.to(tl.int64) * heads + head
         for other in range(DP // BN):
-            bound = tl.maximum(bound, largest(load_state(initial, boundary, other, K, D, KP, BN)))
-        state = load_state(initial, boundary, block, K, D, KP, BN)
-    else:
-        state = tl.zeros([KP, BN], dtype=tl.float32)
+            bound = tl.maximum(bound, largest(load_state(initial, whole, other, K, D, KP, BN)))
+        state = load_state(initial, whole, block, K, D, KP, BN)
+    if PASS == SECOND_PASS:
+        i = 0
+        while i < before:  # Triton 3.6 cannot interpret a range of a number that it has loaded
+            if REVERSE:
+                earlier = segment + before - i
+            else:
+                earlier = segment - before + i
+            index = earlier.to(tl.int64) * heads + head
+            across = tl.load(segment_numbers + index * SEGMENT_NUMBERS + ACROSS)
+            if IS_KEY:
+                largest_part = tl.load(segment_numbers + index * SEGMENT_NUMBERS + BOUND_H)
+            else:
+                largest_part = tl.load(segment_numbers + index * SEGMENT_NUMBERS + BOUND_G)
+            state = state * across + load_state(parts, index, block, K, D, KP, BN)
+            bound = bound * across + largest_part
+            i += 1
     return state, bound
+
+
+@triton.jit
+def end_segment(
+    state, bound, total, final, parts, segment_numbers, segment, head, heads, sequence, after, block,
+    IS_KEY: tl.constexpr, PASS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store what a segment leaves: its own sum, for the second pass, or the sequence's state after the last one."""
+    if PASS == FIRST_PASS:
+        index = segment.to(tl.int64) * heads + head
+        store_state(parts, state, index, block, K, D, KP, BN)
+        if block == 0:
+            numbers = segment_numbers + index * SEGMENT_NUMBERS
+            if IS_KEY:
+                tl.store(numbers + ACROSS, total)
+                tl.store(numbers + BOUND_H, bound)
+            else:
+                tl.store(numbers + BOUND_G, bound)
+    else:
+        if after == 0:
+            store_state(final, state, sequence.to(tl.int64) * heads + head, block, K, D, KP, BN)
 
 
 @triton.jit
@@ -222,15 +277,19 @@ def carry_columns(
     numbers,
     initial,
     final,
+    parts,
     high,
     low,
     scale,
-    segment_decay,
+    segment_numbers,
     segment,
     head,
     heads,
     first_chunk,
     count,
+    sequence,
+    before,
+    after,
     IS_KEY: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PASS: tl.constexpr,
@@ -244,11 +303,13 @@ def carry_columns(
 ):
     """Carry columns `block` of H (IS_KEY, `others` = keys) or G (`others` = values) through one segment."""
     token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
-    boundary = segment.to(tl.int64) * heads + head
-    state, bound = start_state(initial, boundary, block, HAS_INITIAL, K, D, KP, DP, BN)
+    state, bound = start_state(
+        initial, parts, segment_numbers, segment, head, heads, sequence, before, block,
+        IS_KEY, False, HAS_INITIAL, PASS, K, D, KP, DP, BN,
+    )  # fmt: skip
     total = 1.0
     i = 0
-    while i < count:  # Triton 3.6 cannot interpret a range of a number that it has loaded
+    while i < count:
         index = (first_chunk + i).to(tl.int64) * heads + head
         row = index * C + token[:, None]
         right, weight = load_right(others, others_rest, update, index, row * DP + column[None, :], token, C, TERMS)
@@ -267,13 +328,10 @@ def carry_columns(
         bound = bound * decay + growth
         total *= decay
         i += 1
-    # A test of constants is no longer one when `and` joins it with one made at run time.
-    if PASS == FIRST_PASS:  # noqa: SIM102
-        if IS_KEY:  # noqa: SIM102
-            if block == 0:
-                tl.store(segment_decay + boundary, total)
-    if PASS != SECOND_PASS:
-        store_state(final, state, boundary, block, K, D, KP, BN)
+    end_segment(
+        state, bound, total, final, parts, segment_numbers, segment, head, heads, sequence, after, block,
+        IS_KEY, PASS, K, D, KP, BN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "chunks_per_row", "chunks_per_segment"])
@@ -289,13 +347,15 @@ def carry_states_kernel(
     initial_g,
     final_h,
     final_g,
+    parts_h,
+    parts_g,
     h_high,
     h_low,
     h_scale,
     g_high,
     g_low,
     g_scale,
-    segment_decay,
+    segment_numbers,
     segment_table,
     heads,
     chunks_per_row,
@@ -315,17 +375,19 @@ def carry_states_kernel(
     """Program (segment * heads + head, block): the blocks of H's columns come first, then those of G's."""
     segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.program_id(1)
-    first, count = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    first, count, sequence, before, after = locate_segment(
+        segment, chunks_per_row, chunks_per_segment, segment_table, PACKED
+    )
     if block < KP // BK:
         carry_columns(
-            block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, h_high, h_low, h_scale,
-            segment_decay, segment, head, heads, first, count,
+            block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, parts_h,
+            h_high, h_low, h_scale, segment_numbers, segment, head, heads, first, count, sequence, before, after,
             True, HAS_INITIAL, PASS, TERMS, C, K, K, KP, KP, BK,
         )  # fmt: skip
     else:
         carry_columns(
-            block - KP // BK, keys, keys_rest, values, values_rest, value_update, numbers, initial_g, final_g,
-            g_high, g_low, g_scale, segment_decay, segment, head, heads, first, count,
+            block - KP // BK, keys, keys_rest, values, values_rest, value_update, numbers, initial_g, final_g, parts_g,
+            g_high, g_low, g_scale, segment_numbers, segment, head, heads, first, count, sequence, before, after,
             False, HAS_INITIAL, PASS, TERMS, C, K, V, KP, VP, BV,
         )  # fmt: skip
 
@@ -341,6 +403,7 @@ def carry_adjoint_columns(
     numbers,
     initial,
     final,
+    parts,
     high,
     low,
     scale,
@@ -348,12 +411,15 @@ def carry_adjoint_columns(
     before_low,
     before_scale,
     crossing,
-    segment_decay,
+    segment_numbers,
     segment,
     head,
     heads,
     first_chunk,
     count,
+    sequence,
+    before,
+    after,
     IS_KEY: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PASS: tl.constexpr,
@@ -368,8 +434,10 @@ def carry_adjoint_columns(
 ):
     """Carry columns `block` of dH (IS_KEY: `left` = y, `right` = x) or dG (`left` = x, `right` = grad o) backwards."""
     token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
-    boundary = segment.to(tl.int64) * heads + head
-    state, bound = start_state(initial, boundary, block, HAS_INITIAL, K, D, KP, DP, BN)
+    state, bound = start_state(
+        initial, parts, segment_numbers, segment, head, heads, sequence, after, block,
+        IS_KEY, True, HAS_INITIAL, PASS, K, D, KP, DP, BN,
+    )  # fmt: skip
     total = 1.0
     i = 0
     while i < count:
@@ -382,8 +450,8 @@ def carry_adjoint_columns(
         if PASS != FIRST_PASS:
             store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
             offset = index * KP * DP + channel[:, None] * DP + column[None, :]
-            before = tl.load(before_high + offset).to(tl.float32) + tl.load(before_low + offset).to(tl.float32)
-            products = tl.sum(before * state, 1) * tl.load(before_scale + index * (DP // BN) + block)
+            earlier = tl.load(before_high + offset).to(tl.float32) + tl.load(before_low + offset).to(tl.float32)
+            products = tl.sum(earlier * state, 1) * tl.load(before_scale + index * (DP // BN) + block)
             tl.store(crossing + index * CROSSINGS + channel, products)
         rows = rows * (weight * (1.0 / unit))[:, None]
         product = outer_products(left, left_rest, row * KP + channel[None, :], rows, 2)
@@ -391,12 +459,10 @@ def carry_adjoint_columns(
         bound = bound * decay + growth
         total *= decay
         i += 1
-    if PASS == FIRST_PASS:  # noqa: SIM102 (as above)
-        if IS_KEY:  # noqa: SIM102
-            if block == 0:
-                tl.store(segment_decay + boundary, total)
-    if PASS != SECOND_PASS:
-        store_state(final, state, boundary, block, K, D, KP, BN)
+    end_segment(
+        state, bound, total, final, parts, segment_numbers, segment, head, heads, sequence, before, block,
+        IS_KEY, PASS, K, D, KP, BN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "chunks_per_row", "chunks_per_segment"])
@@ -414,6 +480,8 @@ def carry_adjoints_kernel(
     initial_g,
     final_h,
     final_g,
+    parts_h,
+    parts_g,
     dh_high,
     dh_low,
     dh_scale,
@@ -427,7 +495,7 @@ def carry_adjoints_kernel(
     g_low,
     g_scale,
     crossing,
-    segment_decay,
+    segment_numbers,
     segment_table,
     heads,
     chunks_per_row,
@@ -453,64 +521,20 @@ def carry_adjoints_kernel(
     """
     segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.program_id(1)
-    first, count = locate_segment(segment, chunks_per_row, chunks_per_segment, segment_table, PACKED)
+    first, count, sequence, before, after = locate_segment(
+        segment, chunks_per_row, chunks_per_segment, segment_table, PACKED
+    )
     if block < KP // BK:
         carry_adjoint_columns(
-            block, y, y_rest, x, x_rest, update_h, numbers, initial_h, final_h, dh_high, dh_low, dh_scale,
-            h_high, h_low, h_scale, crossing + block * KP, segment_decay, segment, head, heads, first, count,
+            block, y, y_rest, x, x_rest, update_h, numbers, initial_h, final_h, parts_h, dh_high, dh_low, dh_scale,
+            h_high, h_low, h_scale, crossing + block * KP, segment_numbers,
+            segment, head, heads, first, count, sequence, before, after,
             True, HAS_INITIAL, PASS, 2, C, K, K, KP, KP, BK, CROSSINGS,
         )  # fmt: skip
     else:
         carry_adjoint_columns(
-            block - KP // BK, x, x_rest, grad_rows, grad_rows_rest, update_g, numbers, initial_g, final_g,
-            dg_high, dg_low, dg_scale, g_high, g_low, g_scale, crossing + block * KP, segment_decay,
-            segment, head, heads, first, count,
+            block - KP // BK, x, x_rest, grad_rows, grad_rows_rest, update_g, numbers, initial_g, final_g, parts_g,
+            dg_high, dg_low, dg_scale, g_high, g_low, g_scale, crossing + block * KP, segment_numbers,
+            segment, head, heads, first, count, sequence, before, after,
             False, HAS_INITIAL, PASS, TERMS, C, K, V, KP, VP, BV, CROSSINGS,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["heads", "segments_per_row"])
-def join_segments_kernel(
-    parts,
-    segment_decay,
-    initial,
-    final,
-    bounds,
-    heads,
-    segments_per_row,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Replace each segment's own sum in `parts` `[segments, H, SIZE]` by the state that the segment starts from.
-
-    Segments of a sequence follow one another in order (`bounds` `[S + 1]` where packed), or in reverse; what the last
-    one leaves is the `final` state.
-    """
-    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < SIZE
-    if PACKED:
-        first = tl.load(bounds + sequence).to(tl.int32)
-        count = tl.load(bounds + sequence + 1).to(tl.int32) - first
-    else:
-        first, count = sequence * segments_per_row, segments_per_row
-    whole = (sequence.to(tl.int64) * heads + head) * SIZE + element
-    if HAS_INITIAL:
-        state = tl.load(initial + whole, mask=inside, other=0.0)
-    else:
-        state = tl.zeros([BLOCK], dtype=tl.float32)
-    i = 0
-    while i < count:
-        if REVERSE:
-            segment = first + count - 1 - i
-        else:
-            segment = first + i
-        boundary = segment.to(tl.int64) * heads + head
-        part = tl.load(parts + boundary * SIZE + element, mask=inside, other=0.0)
-        tl.store(parts + boundary * SIZE + element, state, mask=inside)
-        state = state * tl.load(segment_decay + boundary) + part
-        i += 1
-    tl.store(final + whole, state, mask=inside)
