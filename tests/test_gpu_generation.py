@@ -3,6 +3,8 @@
 
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +68,8 @@ def test_first_token_of_a_process_of_its_own(scripts, tmp_path):
         assert min(row["import_s"], row["first_token_s"], row["first_steps_s"], row["again_s"]) > 0
 
 
-def test_wrong_logits_are_not_timed(scripts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("operator", "contexts"), [("mesa", (0, 24)), ("peer", (0,))])
+def test_wrong_logits_are_not_timed(scripts, tmp_path, monkeypatch, operator, contexts):
     bench, build = scripts.bench, scripts.bench.build
 
     def negate(module, arguments, options, output):
@@ -74,20 +77,33 @@ def test_wrong_logits_are_not_timed(scripts, tmp_path, monkeypatch):
             output.logits = -output.logits
         return output
 
-    def wrong(*arguments):
-        model = build(*arguments)
+    def wrong(operator, *arguments):
+        model = build("mesa", *arguments)
         model.register_forward_hook(negate, with_kwargs=True)
         return model
 
     monkeypatch.setattr(bench, "build", wrong)
-    monkeypatch.setattr(
-        bench.Bench, "cases", lambda self: [bench.Case("mesa", "dynamic", 1, context) for context in (0, 24)]
-    )
-    with pytest.raises(typer.Exit):
+    # However much the peer's rounding errors grow.
+    monkeypatch.setattr(bench.Bench, "sensitivity", lambda self, model: 3.0)
+    cases = [bench.Case(operator, "dynamic", 1, context) for context in contexts]
+    monkeypatch.setattr(bench.Bench, "cases", lambda self: cases)
+    # A peer that fails is no fault of ours.
+    with pytest.raises(typer.Exit) if operator == "mesa" else nullcontext():
         run(scripts, tmp_path, only="steps")
     rows = json.loads((tmp_path / "gpu_generation_cpu.json").read_text(encoding="utf-8"))["steps"]
-    assert len(rows) == 2
+    assert len(rows) == len(contexts)
     assert all("ms" not in row and "relative error of logits" in row["failed"] for row in rows)
+
+
+def test_sensitivity_is_that_of_rounding(scripts):
+    bench = scripts.bench
+    device, plan = torch.device("cpu"), bench.SMOKE
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        run = bench.Bench(bench.Clock(device, 60), replace(plan, dtype=dtype), None)
+        found.append(run.sensitivity(run.model("mesa")))
+    assert 0 < found[0] < 1e-5
+    assert 1e-4 < found[1] < 0.1
 
 
 def test_states_that_are_off_are_found(scripts):
