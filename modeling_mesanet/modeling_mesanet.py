@@ -167,6 +167,21 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
+def is_plain(x: torch.Tensor, parts: list[nn.Module]) -> bool:
+    """Whether NumPy may read `x` and the weights of `parts`: plain values of one dtype, which nobody watches.
+
+    Not those that a compiler traces, that lie elsewhere (offloaded), or that autocast would convert.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not torch.Tensor:
+        return False
+    dtype, device = x.dtype, x.device
+    for part in parts:
+        weight = part._parameters.get("weight")
+        if weight is None or weight.dtype != dtype or weight.device != device or is_watched(part):
+            return False
+    return True
+
+
 def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `torch.mm` gives the product in float32 without copies of 16-bit factors in it: the same numbers.
 
@@ -180,6 +195,10 @@ def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def reshape_stats(stats: SolverStats | None, shape: torch.Size) -> SolverStats | None:
     """Statistics of `[B, T, d]` inputs, `shape`: those of packed rows lie in one."""
     return None if stats is None else SolverStats(*(values.reshape(*shape[:2], -1) for values in stats))
+
+
+# What `MesaNetMixer.decode` computes beside the solve.
+DECODED_PARTS = ("o_norm", "q_conv", "k_conv", "v_conv")
 
 
 class MesaNetMixer(nn.Module):
@@ -350,34 +369,19 @@ class MesaNetMixer(nn.Module):
 
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
         """Whether one call does all of a token between the projections, unless a module was replaced or is watched."""
-        own = (
-            isinstance(self.o_norm, MesaNetRMSNorm)
-            and isinstance(self.q_conv, MesaNetShortConvolution)
-            and isinstance(self.k_conv, MesaNetShortConvolution)
-            and isinstance(self.v_conv, MesaNetShortConvolution | None)
-        )
-        if own and hidden_states.device.type == "cpu":
-            own = self.is_plain(hidden_states)
-        sizes = self.head_dim, self.value_head_dim, self.config.conv_kernel_size
-        return own and decodes_layer(hidden_states.device, hidden_states.dtype, *sizes, self.config.kernel_backend)
-
-    def is_plain(self, hidden_states: torch.Tensor) -> bool:
-        """Whether NumPy may read what lies between the projections: plain values of one dtype, which nobody watches.
-
-        Not those that a compiler traces, that lie elsewhere (offloaded), or that autocast would convert.
-        """
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        # Asked for every token and layer: a module's own attributes take several times as long as these dictionaries.
+        parts = []
+        for name in DECODED_PARTS:
+            part = self._modules.get(name)
+            if isinstance(part, MesaNetRMSNorm | MesaNetShortConvolution):
+                parts.append(part)
+            elif part is not None:
+                return False
+        if hidden_states.is_cpu and not is_plain(hidden_states, parts):
             return False
-        parts = [self.o_norm, self.q_conv, self.k_conv]
-        if self.v_conv is not None:
-            parts.append(self.v_conv)
-        for part in parts:
-            weight = part.weight
-            if weight.dtype != hidden_states.dtype or weight.device != hidden_states.device:
-                return False
-            if is_watched(part):
-                return False
-        return type(hidden_states) is torch.Tensor
+        config = self.config
+        sizes = self.head_dim, self.value_head_dim, config.conv_kernel_size
+        return decodes_layer(hidden_states.device, hidden_states.dtype, *sizes, config.kernel_backend)
 
     def decode(
         self,

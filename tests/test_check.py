@@ -88,7 +88,7 @@ def forget_convolutions(monkeypatch):
     """Each piece begins with an empty convolution."""
     forward = MesaNetShortConvolution.forward
     # One token, too, which otherwise does without the modules.
-    monkeypatch.setattr(modeling_mesanet.MesaNetMixer, "is_plain", lambda *arguments: False)
+    monkeypatch.setattr(modeling_mesanet, "is_plain", lambda *arguments: False)
     monkeypatch.setattr(
         MesaNetShortConvolution, "forward", lambda self, x, _=None, *rest: forward(self, x, None, *rest)
     )

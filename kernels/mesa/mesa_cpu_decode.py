@@ -148,8 +148,8 @@ def cpu_decode_layer(
         if max_steps == 0:
             x, steps, residuals = q, [0] * q[..., 0].size, [0.0] * q[..., 0].size
         else:
-            lam = torch.nn.functional.softplus(lambda_param.detach()) + lambda_lower_bound
-            x, steps, residuals = solve(h, lam, q, max_steps, tolerance)
+            lam = np.logaddexp(lambda_param.detach().numpy(), 0) + lambda_lower_bound
+            x, steps, residuals = solve(h, torch.from_numpy(lam), q, max_steps, tolerance)
         o = np.matmul(x.reshape(batch, heads, 1, -1), g.numpy())[..., 0, :]
         scale = 1 / np.sqrt(vecdot(o, o) / o.shape[-1] + norm_eps)
         o = o * scale[..., None].astype(o.dtype, copy=False) * norm_weight.detach().numpy()
@@ -159,6 +159,14 @@ def cpu_decode_layer(
     if not output_stats:
         return o, None, None
     return o, torch.tensor(steps, dtype=torch.int32).view(gates), torch.tensor(residuals, dtype=h.dtype).view(gates)
+
+
+def cpu_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`mesa_layers.head_norm` without a gate; `x` and `weight` share one dtype, float32 or float64."""
+    rows = x.detach().numpy()
+    with np.errstate(all="ignore"):
+        scale = 1 / np.sqrt(vecdot(rows, rows) / rows.shape[-1] + eps)
+        return torch.from_numpy(rows * scale[..., None].astype(rows.dtype, copy=False) * weight.detach().numpy())
 
 
 def convolve(x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, real: np.ndarray | None) -> np.ndarray:

@@ -11,7 +11,7 @@ Dimensions: B batch, T tokens, H heads, V value size, W convolution width, S pac
 import torch
 import torch.nn.functional as F
 
-from .mesa_cpu_decode import cpu_decode_layer
+from .mesa_cpu_decode import cpu_decode_layer, cpu_norm
 from .mesa_dispatch import select_backend, use_fused_linears
 from .mesa_dispatch import use_triton as mesa_runs_in_triton
 from .mesa_library import OPERATORS
@@ -24,6 +24,9 @@ WIDEST_CONVOLUTION = 8
 
 # A longer row does not fit the registers of its program.
 LONGEST_NORM = 8192
+
+# Entries up to which the norm of one token is sooner computed in NumPy, on a CPU.
+SMALL_NORM = 2**14
 
 # Rows up to which the projections of a decoding step have kernels of their own; with more, torch's products pay.
 FEW_ROWS = 16
@@ -224,6 +227,15 @@ class PadOrder:
         return y.gather(2, self.restored.unsqueeze(1).expand_as(y))
 
 
+def is_small_token(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `x` `[B, 1, d]` and `weight` are sooner normalised in NumPy: few plain values, which nobody watches."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(x) is not torch.Tensor or x.ndim != 3 or x.shape[1] != 1 or x.numel() > SMALL_NORM:
+        return False
+    return x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+
 def head_norm(
     o: torch.Tensor,
     weight: torch.Tensor,
@@ -247,6 +259,8 @@ def head_norm(
     opaque = gate is not None or not torch.compiler.is_compiling()
     if opaque and use_triton(backend, o, weight, gate) and o.shape[-1] <= LONGEST_NORM:
         return run_triton("head_norm", o, weight, eps, gate)
+    if gate is None and is_small_token(o, weight):
+        return cpu_norm(o, weight, eps)
     wide = torch.promote_types(o.dtype, torch.float32)
     normed = F.rms_norm(o.to(wide), weight.shape, weight.to(wide), eps).to(o.dtype)
     return normed if gate is None else (normed * F.silu(gate)).to(o.dtype)

@@ -9,7 +9,7 @@ import torch
 from mesa_inputs import generator, relative_error
 from small_models import random_ids, states
 
-from modeling_mesanet.mesa import mesa_cpu_decode
+from modeling_mesanet.mesa import head_norm, mesa_cpu_decode, mesa_layers
 from modeling_mesanet.mesa.mesa_cpu_decode import conjugate_gradient_on_cpu
 from modeling_mesanet.mesa.mesa_solver import conjugate_gradient
 
@@ -165,3 +165,61 @@ def test_keeps_out_of_the_way(tiny_model, calls):
     for layer in model.model.layers:
         layer.mixer.q_conv = torch.nn.Sequential(layer.mixer.q_conv)
     assert not calls
+
+
+class TestNorm:
+    """Of one token, without gradients."""
+
+    @pytest.fixture
+    def norms(self, monkeypatch):
+        """Shapes that NumPy has normalised."""
+        shapes, right = [], mesa_layers.cpu_norm
+
+        def watched(x, *arguments):
+            shapes.append(tuple(x.shape))
+            return right(x, *arguments)
+
+        monkeypatch.setattr(mesa_layers, "cpu_norm", watched)
+        return shapes
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+    @pytest.mark.parametrize("shape", [(1, 1, 12), (3, 1, 12)])
+    def test_as_torch(self, norms, dtype, bound, shape):
+        x = torch.randn(*shape, generator=generator(0), dtype=dtype)
+        weight = torch.nn.Parameter(torch.randn(12, generator=generator(1), dtype=dtype))
+        x[..., 0, :3] = torch.inf
+        x[0, 0] = 0
+        with torch.no_grad():
+            actual = head_norm(x, weight, 1e-3)
+            expected = torch.nn.functional.rms_norm(x, (12,), weight, 1e-3)
+        assert norms == [shape]
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=bound, atol=bound, equal_nan=True)
+
+    @torch.no_grad()
+    def test_a_view_of_any_strides(self, norms):
+        wide = torch.randn(1, 3, 24, generator=generator(0))
+        x, weight = wide.transpose(0, 1)[..., ::2], torch.ones(24)[::2]
+        expected = head_norm(x.contiguous(), weight.contiguous(), 1e-6)
+        torch.testing.assert_close(head_norm(x, weight, 1e-6), expected)
+        assert norms == [(3, 1, 12)] * 2
+
+    def test_left_to_torch(self, norms):
+        x, weight = torch.randn(2, 1, 12, generator=generator(0)), torch.ones(12)
+        learning = weight.clone().requires_grad_()
+        head_norm(x, learning, 1e-6).sum().backward()
+        assert learning.grad is not None
+        with torch.no_grad():
+            head_norm(x.bfloat16(), weight.bfloat16(), 1e-6)
+            head_norm(x, weight.double(), 1e-6)
+            head_norm(x, weight, 1e-6, gate=x)
+            head_norm(torch.ones(2000, 1, 12), weight, 1e-6)
+            head_norm(torch.ones(1, 2, 12), weight, 1e-6)
+            head_norm(torch.ones(1, 12), weight, 1e-6)
+            head_norm(x.to("meta"), weight.to("meta"), 1e-6)
+            # A trace would keep what NumPy gives as a constant.
+            traced = torch.jit.trace(lambda x: head_norm(x, weight, 1e-6), x, check_trace=False)
+            assert norms == []
+            torch.testing.assert_close(traced(2 * x + 1), head_norm(2 * x + 1, weight, 1e-6))
+        assert len(norms) == 1
