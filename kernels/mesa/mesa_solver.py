@@ -26,6 +26,21 @@ L2_NORM_EPS = 1e-6
 DEVICE_CHECK_INTERVAL = 4
 
 
+def settle_cpu_functions() -> None:
+    """Call each function that torch leaves to Intel's MKL once, for one entry and so by one thread.
+
+    MKL picks a function's kernel in its first call in a process. Where several threads make that call at once, it may
+    give one of them a kernel with half the digits (https://github.com/pytorch/pytorch/issues/188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype, device="cpu")
+        for function in (torch.exp, torch.sqrt, torch.tanh):
+            function(one)
+
+
+settle_cpu_functions()
+
+
 def l2_normalize(x: torch.Tensor) -> torch.Tensor:
     """`x / sqrt(||x||^2 + L2_NORM_EPS)` over the last dimension, in the dtype of `x`."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)
