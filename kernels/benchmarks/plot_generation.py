@@ -55,7 +55,9 @@ def draw(results: dict, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.legend(**below)
             ticks = sorted({place for line in axes.get_lines() for place in line.get_xdata()})
-            axes.set_xticks(ticks, [f"{place // 1024}k" if place >= 1024 else str(place) for place in ticks])
+            # Names of places closer than this would overlap.
+            named = [place for i, place in enumerate(ticks) if i == 0 or place > 1.4 * ticks[i - 1]]
+            axes.set_xticks(named, [f"{place // 1024}k" if place >= 1024 else str(place) for place in named])
             axes.minorticks_off()
     if found:
         # From 2 to 70 ms: on a linear axis the fast ones are one line.
