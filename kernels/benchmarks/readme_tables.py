@@ -30,8 +30,8 @@ def cpu_generation(results: dict) -> str:
         f"Bundled checkpoint, float32, {results['threads']} threads of {results['cpu']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, revision {results['revision']}; medians, from "
         "`kernels/benchmarks/cpu_generation.py`. The loop computes the layer as defined, one dense solve a token, "
-        "over 256 tokens of prompt; for one token with heads of 64 that is a single library call, which takes as long "
-        "as the dozen small products of the iteration."
+        "over 256 tokens of prompt; for one token with heads of 64 that is a single library call, which takes about "
+        "as long as the dozen small products of the iteration."
     )
     return "\n".join(lines)
 
