@@ -131,13 +131,15 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             tokens: tokens consumed since the last call.
         """
         for slot, state in enumerate(conv_states):
-            if not self.is_conv_states_initialized[slot]:
-                self.lazy_initialization(conv_states=state.detach(), state_idx=slot)
-            self._overwrite(self.conv_states, slot, state)
+            if self.is_conv_states_initialized[slot]:
+                self._overwrite(self.conv_states, slot, state)
+            else:
+                self.lazy_initialization(conv_states=state, state_idx=slot)
         for slot, state in enumerate(recurrent_states):
-            if not self.is_recurrent_states_initialized[slot]:
-                self.lazy_initialization(recurrent_states=state.detach(), state_idx=slot)
-            self._overwrite(self.recurrent_states, slot, state)
+            if self.is_recurrent_states_initialized[slot]:
+                self._overwrite(self.recurrent_states, slot, state)
+            else:
+                self.lazy_initialization(recurrent_states=state, state_idx=slot)
         if self.seen_tokens is None:
             self.seen_tokens = torch.zeros((), dtype=torch.long, device=recurrent_states[RECURRENT_H].device)
             if not torch.compiler.is_compiling():
@@ -150,6 +152,39 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if not self.has_previous_state[RECURRENT_H]:
             self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
             self.is_initialized = True
+
+    def lazy_initialization(
+        self,
+        conv_states: torch.Tensor | None = None,
+        recurrent_states: torch.Tensor | None = None,
+        state_idx: int = 0,
+        **kwargs,
+    ) -> None:
+        """As the stock layer's, but what is given is itself stored, where the stock one makes room for it.
+
+        To fill that with zeros and then to write over them would be two launches a state.
+        """
+        if conv_states is not None:
+            if self.device is None:
+                self.dtype, self.device = conv_states.dtype, conv_states.device
+            self.conv_kernel_size[state_idx] = conv_states.shape[-1]
+            self.conv_states[state_idx] = self._adopt(conv_states)
+            self.is_conv_states_initialized[state_idx] = True
+        if recurrent_states is not None:
+            self.recurrent_states[state_idx] = self._adopt(recurrent_states)
+            self.is_recurrent_states_initialized[state_idx] = True
+
+    @staticmethod
+    def _adopt(state: torch.Tensor) -> torch.Tensor:
+        """`state` if nothing else lies in its memory, else a copy; its address stays for a compiled step to read."""
+        state = state.detach()
+        if torch.compiler.is_compiling():
+            return state.clone(memory_format=torch.contiguous_format)
+        alone = state.is_contiguous() and state.untyped_storage().nbytes() == state.nbytes
+        if torch.is_grad_enabled() or not alone:  # autograd may need what it was
+            state = state.clone(memory_format=torch.contiguous_format)
+        torch._dynamo.mark_static_address(state)
+        return state
 
     def make_writable(self) -> None:
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""

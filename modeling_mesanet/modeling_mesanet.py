@@ -46,6 +46,7 @@ from .mesa import (
     norm_gated_linears,
     norm_linears,
     short_convolution,
+    short_convolutions,
 )
 from .rollback_mesanet import Consumed
 
@@ -296,12 +297,14 @@ class MesaNetMixer(nn.Module):
         past_key_values: Cache | None,
         cu_seqlens: torch.Tensor | None,
         solver: Solver,
+        plain: bool = False,
     ) -> tuple[torch.Tensor, SolverStats | None]:
         """From the projections of `[B, T, d]` up to the output projection, `[B, T, H * V]`; arguments as in `forward`.
 
         Args:
             q, k, v, gate: `[B, T, H * K]` or `[B, T, H * V]`; `gate` is None without an output gate.
             beta_logit, gamma_logit: float32 `[B, T, H]`, without their biases.
+            plain: nobody watches or has replaced the convolutions, so that they may be computed together.
         """
         cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         config, length = self.config, q.shape[1]
@@ -317,16 +320,19 @@ class MesaNetMixer(nn.Module):
             return self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
-        def convolve(convolution: MesaNetShortConvolution, x: torch.Tensor, slot: int):
-            return convolution(x, None if cache is None else cache.conv_state(slot), pads, cu_seqlens)
-
-        conv_inputs = [q, k] if self.v_conv is None else [q, k, v]
-        q, q_state = convolve(self.q_conv, q, CONV_Q)
-        k, k_state = convolve(self.k_conv, k, CONV_K)
-        conv_states = [q_state, k_state]
-        if self.v_conv is not None:
-            v, v_state = convolve(self.v_conv, v, CONV_V)
-            conv_states.append(v_state)
+        convolutions = [part for part in (self.q_conv, self.k_conv, self.v_conv) if part is not None]
+        conv_inputs = [q, k, v][: len(convolutions)]
+        conv_states = [None if cache is None else cache.conv_state(slot) for slot in range(len(convolutions))]
+        if plain and pads is None:
+            weights = [convolution.weight.squeeze(1) for convolution in convolutions]
+            convolved, conv_states = short_convolutions(
+                conv_inputs, weights, conv_states, cu_seqlens, config.kernel_backend
+            )
+        else:
+            inputs = zip(convolutions, conv_inputs, conv_states, strict=True)
+            pairs = [convolution(x, memory, pads, cu_seqlens) for convolution, x, memory in inputs]
+            convolved, conv_states = zip(*pairs, strict=True)
+        q, k, v = (*convolved, v)[:3]
 
         with maybe_autocast(q.device.type, enabled=False):
             beta, log_gamma = self.gates_of_logits(beta_logit, gamma_logit, attention_mask)
@@ -359,13 +365,6 @@ class MesaNetMixer(nn.Module):
         o = self.o_norm(output.o, None if gate is None else gate.unflatten(-1, (self.num_heads, -1)))
         stats = output.stats
         return o.flatten(2), None if stats is None else SolverStats(*(values.detach() for values in stats))
-
-    def input_weights(self) -> tuple[list[torch.Tensor], int]:
-        """The weights of all projections of the layer's input, and how many come before those of the gates."""
-        projections = [self.q_proj, self.k_proj, self.v_proj]
-        if self.output_gate_proj is not None:
-            projections.append(self.output_gate_proj)
-        return [part.weight for part in (*projections, self.beta_proj, self.gamma_proj)], len(projections)
 
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
         """Whether one call does all of a token between the projections, unless a module was replaced or is watched."""
@@ -477,11 +476,16 @@ class Composition(NamedTuple):
     links: tuple[tuple[dict, str, object], ...]
     hooks: tuple[dict, ...]
     weights: tuple[torch.Tensor, ...]
+    # Those of all projections of the layer's input, and how many come before those of the gates.
+    input_weights: list[torch.Tensor]
+    rounded: int
+    # As `mesa_layers.fuses_linears` takes them.
+    sizes: tuple[int, tuple[int, ...], int, int]
 
     @staticmethod
     def of(layer: nn.Module) -> "Composition | None":
         """None if `layer` is no such layer."""
-        links, weights = [], []
+        links, weights = [], {}
         hooks = [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
         for parts, owner in ((LAYER_PARTS, layer), (MIXER_PARTS, layer.mixer), (MLP_PARTS, layer.mlp)):
             for name, kinds in parts.items():
@@ -498,8 +502,15 @@ class Composition(NamedTuple):
                     if type(weight) is not nn.Parameter or not weight.is_contiguous():
                         return None
                     links += [(module._parameters, "weight", weight), (module._parameters, "bias", None)]
-                    weights.append(weight)
-        found = Composition(tuple(links), tuple(hooks), tuple(weights))
+                    weights[name] = weight
+        gates = [weights["beta_proj"], weights["gamma_proj"]]
+        names = "q_proj", "k_proj", "v_proj", "output_gate_proj"
+        inputs = [weights[name] for name in names if name in weights] + gates
+        outputs = tuple(weight.shape[0] for weight in inputs)
+        sizes = inputs[0].shape[1], outputs, weights["o_proj"].shape[1], weights["down_proj"].shape[1]
+        found = Composition(
+            tuple(links), tuple(hooks), tuple(weights.values()), inputs, len(inputs) - len(gates), sizes
+        )
         return found if found.holds() else None
 
     def holds(self) -> bool:
@@ -539,9 +550,10 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `[B, T, d]`; paired with the solver's statistics where they are wanted.
         """
-        if self.is_fusible(hidden_states, past_key_values):
+        parts = self.fusible_parts(hidden_states, past_key_values)
+        if parts is not None:
             hidden_states, stats = self.compute_fused(
-                hidden_states, attention_mask, past_key_values, cu_seqlens, solver
+                parts, hidden_states, attention_mask, past_key_values, cu_seqlens, solver
             )
         else:
             mixed, stats = self.mixer(
@@ -551,25 +563,22 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states if stats is None else (hidden_states, stats)
 
-    def is_fusible(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> bool:
-        """Whether `compute_fused` may stand for the modules: no gradients, a GPU, and nobody else has a say."""
-        mixer = self.mixer
+    def fusible_parts(self, hidden_states: torch.Tensor, past_key_values: Cache | None) -> Composition | None:
+        """For `compute_fused`, where it may stand for the modules: no gradients, a GPU, and nobody else has a say."""
         if hidden_states.device.type not in FUSED_DEVICES or torch.is_grad_enabled():
-            return False
+            return None
         # Of a step, a compiler fuses what stands around the products itself.
         if torch.compiler.is_compiling() and (past_key_values is None or hidden_states.shape[1] != 1):
-            return False
-        if type(mixer) is not MesaNetMixer or torch.is_autocast_enabled(hidden_states.device.type):
-            return False
-        if not self.is_unchanged(hidden_states):
-            return False
-        weights, _ = mixer.input_weights()
-        outputs = tuple(weight.shape[0] for weight in weights)
-        sizes = weights[0].shape[1], outputs, mixer.o_proj.in_features, self.mlp.down_proj.in_features
-        return fuses_linears(hidden_states, sizes, mixer.config.kernel_backend)
+            return None
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return None
+        parts = self.known_parts(hidden_states)
+        if parts is None or not fuses_linears(hidden_states, parts.sizes, self.mixer.config.kernel_backend):
+            return None
+        return parts
 
-    def is_unchanged(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the layer consists of what it was made of, in the dtype and on the device of `hidden_states`.
+    def known_parts(self, hidden_states: torch.Tensor) -> Composition | None:
+        """What the layer was made of, if it still is, in the dtype and on the device of `hidden_states`.
 
         Asked at every token: adapters, hooks and offloading may come and go.
         """
@@ -577,14 +586,18 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         if found is None or not found.holds():
             found = Composition.of(self)
             if found is None:
-                return False
+                return None
             if not torch.compiler.is_compiling():
                 COMPOSITIONS[self] = found
         dtype, device = hidden_states.dtype, hidden_states.device
-        return all(weight.dtype == dtype and weight.device == device for weight in found.weights)
+        for weight in found.weights:
+            if weight.dtype != dtype or weight.device != device:
+                return None
+        return found
 
     def compute_fused(
         self,
+        parts: Composition,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
@@ -596,12 +609,11 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         shape = hidden_states.shape
         if cu_seqlens is not None:  # packed sequences may run on from row to row
             hidden_states = hidden_states.reshape(1, -1, shape[-1])
-        weights, rounded = mixer.input_weights()
-        projected, residual = norm_linears(hidden_states, norm.weight, norm.eps, weights, rounded)
+        projected, residual = norm_linears(hidden_states, norm.weight, norm.eps, parts.input_weights, parts.rounded)
         *values, beta_logit, gamma_logit = projected
         q, k, v, gate = values if len(values) == 4 else (*values, None)
         o, stats = mixer.mix(
-            q, k, v, gate, beta_logit, gamma_logit, attention_mask, past_key_values, cu_seqlens, solver
+            q, k, v, gate, beta_logit, gamma_logit, attention_mask, past_key_values, cu_seqlens, solver, plain=True
         )
         # The layer's input belongs to others, too; what is made here does not.
         overwrite = residual is not hidden_states

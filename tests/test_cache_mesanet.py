@@ -240,6 +240,34 @@ def test_states_are_updated_in_place(exact_model):
         assert [state.data_ptr() for state in states(cache)] == addresses
 
 
+@pytest.mark.parametrize(
+    ("part", "gradients", "copied"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_the_first_states_are_stored_without_a_copy_where_they_may_be(part, gradients, copied):
+    shapes = [(2, 6, 3), (2, 6, 3), (2, 1, 4, 4), (2, 1, 4, 4)]
+    given = [torch.randn(*shape, 2)[..., 0] if part else torch.randn(shape) for shape in shapes]
+    if gradients:
+        given = [(tensor.requires_grad_() * 1.0).exp() for tensor in given]
+    layer = MesaNetCacheLayer()
+    with torch.set_grad_enabled(gradients):
+        layer.write(given[:2], tuple(given[2:]), 5)
+    stored = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    for ours, theirs in zip(stored, given, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+        assert ours.untyped_storage().nbytes() == ours.nbytes
+        assert (ours.data_ptr() != theirs.data_ptr()) is copied
+    assert layer.get_seq_length() == 5
+    assert layer.conv_kernel_size == {0: 3, 1: 3}
+    # Later states are written over the first.
+    later = [torch.randn(shape) for shape in shapes]
+    with torch.no_grad():
+        layer.write(later[:2], tuple(later[2:]), 1)
+    assert all(torch.equal(*pair) for pair in zip(stored, later, strict=True))
+    if gradients:  # which autograd needs as they were
+        sum(tensor.sum() for tensor in given).backward()
+
+
 @pytest.mark.parametrize("duplicate", ["deepcopy", "torch.save"])
 @torch.no_grad()
 def test_copies_go_their_own_way(exact_model, duplicate):

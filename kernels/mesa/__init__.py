@@ -13,6 +13,7 @@ from .mesa_layers import (
     norm_gated_linears,
     norm_linears,
     short_convolution,
+    short_convolutions,
 )
 from .mesa_operator import (
     MesaOutput,
@@ -45,4 +46,5 @@ __all__ = [
     "requested_backend",
     "select_backend",
     "short_convolution",
+    "short_convolutions",
 ]

@@ -201,6 +201,41 @@ def short_convolution(
     return F.silu(y).transpose(1, 2), state
 
 
+def short_convolutions(
+    xs: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    states: list[torch.Tensor | None],
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`short_convolution` of several inputs, without gradients; on a GPU in one launch if they are alike.
+
+    Args:
+        xs: inputs as `short_convolution` takes them, one for each of `weights` and `states`.
+        cu_seqlens, backend: as there.
+
+    Returns:
+        The outputs, and the states after the last token.
+    """
+    x, weight, state = xs[0], weights[0], states[0]
+    alike = all(
+        (other.shape, other.dtype, other.stride()) == (x.shape, x.dtype, x.stride())
+        and taps.shape == weight.shape
+        and (memory is None) == (state is None)
+        for other, taps, memory in zip(xs, weights, states, strict=True)
+    )
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    fits = not traced and weight.shape[1] <= WIDEST_CONVOLUTION and use_triton(backend, *xs, *weights)
+    if alike and fits:
+        states = [None if memory is None else memory.to(x.dtype) for memory in states]
+        return run_triton("short_convolutions", xs, weights, states, cu_seqlens)
+    each = [
+        short_convolution(other, taps, memory, cu_seqlens, backend)
+        for other, taps, memory in zip(xs, weights, states, strict=True)
+    ]
+    return [y for y, _ in each], [memory for _, memory in each]
+
+
 class PadOrder:
     """Moves pads out of a convolution's sight.
 

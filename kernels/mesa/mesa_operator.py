@@ -122,15 +122,20 @@ def mesa_attention(
     floats = (q, k, v, log_gamma, beta, lam) + (() if initial_h is None else (initial_h, initial_g))
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
     if v.numel() and _runs_in_triton(q, k, v, backend, differentiable):
-        from .mesa_triton import triton_chunkwise  # imports triton
+        from .mesa_triton import launch_chunkwise, triton_chunkwise  # imports triton
 
         q, k, v = (tensor if tensor.dtype in _TRITON_DTYPES else tensor.float() for tensor in (q, k, v))
-        inputs = (tensor.contiguous() for tensor in (q, k, v, log_gamma, beta, lam))
-        states = (None, None) if initial_h is None else (initial_h.contiguous(), initial_g.contiguous())
-        bounds = None if cu_seqlens is None else cu_seqlens.to(q.device)
-        o, final_h, final_g, steps, residual, *_ = triton_chunkwise(
-            *inputs, *states, bounds, *limits, normalize_qk, differentiable, output_stats
-        )
+        inputs = [tensor.contiguous() for tensor in (q, k, v, log_gamma, beta, lam)]
+        inputs += (None, None) if initial_h is None else (initial_h.contiguous(), initial_g.contiguous())
+        inputs.append(None if cu_seqlens is None else cu_seqlens.to(q.device))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            o, final_h, final_g, steps, residual, *_ = triton_chunkwise(
+                *inputs, *limits, normalize_qk, differentiable, output_stats
+            )
+        else:  # past the dispatcher, which takes a launch's time
+            o, final_h, final_g, steps, residual, _ = launch_chunkwise(
+                *inputs, max_steps, tolerance, normalize_qk, False, output_stats
+            )
     else:
         q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
         if normalize_qk:

@@ -21,6 +21,7 @@ import torch
 from .mesa_library import NAMESPACE, OPERATORS
 from .mesa_solver import L2_NORM_EPS, residual_bound
 from .mesa_triton_backward import gradients_kernel
+from .mesa_triton_helpers import ceil_div, round_to_power_of_two
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
@@ -121,7 +122,7 @@ def padded(size: int) -> int:
 
     Smaller tiles would do, but triton 3.6 reads past the end of some on Hopper (products of 16 or 32 columns).
     """
-    return max(64, 1 << (size - 1).bit_length())
+    return round_to_power_of_two(size, 64)
 
 
 class Plan:
@@ -135,16 +136,16 @@ class Plan:
     def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
         self.length, self.packed = length, cu_seqlens is not None
         self.sequences = cu_seqlens.shape[0] - 1 if self.packed else batch
-        self.chunks_per_row = -(-length // chunk_size)
+        self.chunks_per_row = ceil_div(length, chunk_size)
         self.chunks = length // chunk_size + self.sequences if self.packed else batch * self.chunks_per_row
         blocks = (key_padded + value_padded) // STATE_COLUMNS
-        self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, -(-self.chunks * heads * blocks // SEGMENT_PROGRAMS))
+        self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, ceil_div(self.chunks * heads * blocks, SEGMENT_PROGRAMS))
         longest = self.chunks if self.packed else self.chunks_per_row
         self.segmented = self.chunks_per_segment < longest
         self.chunk_table = self.segment_table = None
         if not self.segmented:
             self.chunks_per_segment = longest
-        self.segments_per_row = -(-self.chunks_per_row // self.chunks_per_segment)
+        self.segments_per_row = ceil_div(self.chunks_per_row, self.chunks_per_segment)
         self.segments = batch * self.segments_per_row
         if self.packed:
             chunk_bounds, chunks = cut(cu_seqlens.long(), chunk_size, self.chunks)
@@ -220,7 +221,7 @@ class Layer:
 
         def pair(size: int) -> Pair:
             shape = (self.plan.chunks, self.heads)
-            halves = (self.empty(*shape, self.key_padded, size, dtype=torch.float16) for _ in range(2))
+            halves = self.empty(2, *shape, self.key_padded, size, dtype=torch.float16).unbind()
             return Pair(*halves, self.empty(*shape, size // STATE_COLUMNS))
 
         return pair(self.key_padded), pair(self.value_padded)
@@ -317,7 +318,7 @@ class Layer:
         dh, dg = self.new_pairs()
         # One number for each row of every block of columns; where the blocks are no power of two, zeros follow.
         blocks = self.carry_grid[1]
-        crossings = (1 << (blocks - 1).bit_length()) * self.key_padded
+        crossings = round_to_power_of_two(blocks) * self.key_padded
         crossing = self.empty(self.plan.chunks, self.heads, crossings)
         if crossings > blocks * self.key_padded:
             crossing.zero_()
@@ -575,10 +576,45 @@ def solution_shape(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[in
     batch, length, heads, key_dim = k.shape
     size = chunk_size_of(key_dim)
     if cu_seqlens is None:
-        chunks = batch * (-(-length // size))
+        chunks = batch * ceil_div(length, size)
     else:
         chunks = length // size + cu_seqlens.shape[0] - 1
     return chunks, heads, size, padded(key_dim)
+
+
+def launch_chunkwise(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_steps: int,
+    tolerance: float | None,
+    normalize_qk: bool,
+    keep_solution: bool,
+    output_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Rows | None]:
+    """Forward pass. q, k, v in bfloat16, float16 or float32, all others float32; all contiguous.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of `v`, final states `[S, H, K, K]` and `[S, H, K, V]`; steps (int32) and
+        relative residual `[B, T, H]` if `output_stats`; the solutions for the backward pass if `keep_solution`. What
+        was not asked for is None.
+    """
+    # Triton launches on the current device, which may be another one.
+    with torch.cuda.device_of(k):
+        layer = Layer(k, v, log_gamma, beta, cu_seqlens, normalize_qk)
+        chunks = layer.prepare()
+        h, g, final = layer.states(chunks, None if initial_h is None else (initial_h, initial_g))
+        o = torch.empty_like(v)
+        x, steps, residual, _ = layer.solve(
+            q, lam, h, g, chunks, max_steps, tolerance, o=o, keep=keep_solution, stats=output_stats
+        )
+        return o, *final, steps, residual, x
 
 
 @torch.library.custom_op(f"{NAMESPACE}::triton_chunkwise", mutates_args=())
@@ -609,27 +645,16 @@ def triton_chunkwise(
     torch.Tensor,
     torch.Tensor,
 ]:
-    """Forward pass. q, k, v in bfloat16, float16 or float32, all others float32; all contiguous.
-
-    Returns:
-        o `[B, T, H, V]` in the dtype of `v`, final states `[S, H, K, K]` and `[S, H, K, V]`; steps (int32) and
-        relative residual `[B, T, H]` if `output_stats`; the three tensors of the solutions' `Rows` for the backward
-        pass if `keep_solution`. What was not asked for is empty.
-    """
-    with torch.cuda.device_of(k):
-        layer = Layer(k, v, log_gamma, beta, cu_seqlens, normalize_qk)
-        chunks = layer.prepare()
-        initial = None if initial_h is None else (initial_h, initial_g)
-        h, g, (final_h, final_g) = layer.states(chunks, initial)
-        o = torch.empty_like(v)
-        x, steps, residual, _ = layer.solve(
-            q, lam, h, g, chunks, max_steps, tolerance, o=o, keep=keep_solution, stats=output_stats
-        )
-        if steps is None:
-            steps, residual = layer.empty(0, dtype=torch.int32), layer.empty(0)
-        if x is None:
-            x = (*(layer.empty(0, dtype=torch.float16) for _ in range(2)), layer.empty(0))
-        return o, final_h, final_g, steps, residual, *x
+    """`launch_chunkwise` as an operator with gradients: the solutions are three tensors, and empty stands for None."""
+    o, final_h, final_g, steps, residual, x = launch_chunkwise(
+        q, k, v, log_gamma, beta, lam, initial_h, initial_g, cu_seqlens,
+        max_steps, tolerance, normalize_qk, keep_solution, output_stats,
+    )  # fmt: skip
+    if steps is None:
+        steps, residual = beta.new_empty(0, dtype=torch.int32), beta.new_empty(0)
+    if x is None:
+        x = (*(beta.new_empty(0, dtype=torch.float16) for _ in range(2)), beta.new_empty(0))
+    return o, final_h, final_g, steps, residual, *x
 
 
 @triton_chunkwise.register_fake

@@ -22,6 +22,7 @@ import torch
 
 from .mesa_library import NAMESPACE
 from .mesa_solver import L2_NORM_EPS, residual_bound
+from .mesa_triton_helpers import round_to_power_of_two
 
 try:  # in a try block, so that an export of the model does not list triton as required
     import triton
@@ -367,7 +368,7 @@ def processors(device: torch.device) -> int:
 
 def padded(size: int) -> int:
     """`size` rounded up to a power of two of at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return round_to_power_of_two(size, 16)
 
 
 @functools.cache

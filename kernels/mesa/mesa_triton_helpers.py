@@ -20,6 +20,17 @@ SMALLEST_SCALE = tl.constexpr(2.0**-60)
 LARGEST_SCALE = tl.constexpr(2.0**100)
 
 
+# As triton's `cdiv` and `next_power_of_2`, which kernels can call, too, and which for that take as long as a launch.
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up."""
+    return -(-number // divisor)
+
+
+def round_to_power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` (from 1) and `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 @triton.jit
 def locate_chunk(chunk, length, chunks_per_row, table, C: tl.constexpr, PACKED: tl.constexpr):
     """First token of chunk number `chunk`, counted through all rows (int64), and its number of tokens (1 to C).

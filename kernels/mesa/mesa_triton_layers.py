@@ -11,6 +11,7 @@ Dimensions: B batch, T tokens a row, H heads, V value size, W convolution width,
 import torch
 
 from .mesa_library import NAMESPACE, OPERATORS
+from .mesa_triton_helpers import ceil_div, round_to_power_of_two
 
 try:  # in a try block, so that an export of the model does not list triton as required
     import triton
@@ -143,9 +144,9 @@ def advance(token, sequence, start, stop, bounds, sequences):
 
 
 # Rows are walked through in spans of `span` tokens, `spans` a row, by one warp that keeps the last W - 1 inputs of its
-# channels in registers. The sequence length must not enter the compile key, nor recompile where a count is 1 or even.
-@triton.jit(do_not_specialize=["length", "sequences", "span", "spans"])
-def short_convolution_kernel(
+# channels in registers.
+@triton.jit
+def convolve_span(
     x,
     weight,
     state,
@@ -166,6 +167,7 @@ def short_convolution_kernel(
     UNROLL: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
+    """Span `program_id(0)` of block `program_id(1)` of the channels of one input."""
     program = tl.program_id(0)
     row = (program // spans).to(tl.int64)
     first = (program % spans) * span
@@ -204,6 +206,40 @@ def short_convolution_kernel(
         for j in tl.static_range(W - 1):
             value = load_input(x, state, length - (W - 1) + j, length, time_stride, last, W, HAS_STATE)
             tl.store(new_state + memory + j, value.to(new_state.dtype.element_ty), mask=last)
+
+
+# The sequence length must not enter the compile key, nor recompile where a count is 1 or even.
+@triton.jit(do_not_specialize=["length", "sequences", "span", "spans"])
+def short_convolution_kernel(
+    xs,
+    weights,
+    states,
+    bounds,
+    ys,
+    new_states,
+    length,
+    sequences,
+    span,
+    spans,
+    batch_stride,
+    time_stride,
+    COUNT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    W: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    """`convolve_span` of input number `program_id(2)` of COUNT."""
+    chosen = tl.program_id(2)
+    for i in tl.static_range(COUNT):
+        if chosen == i:
+            convolve_span(
+                xs[i], weights[i], states[i], bounds, ys[i], new_states[i], length, sequences, span, spans,
+                batch_stride, time_stride, CHANNELS, W, HAS_STATE, PACKED, BLOCK, UNROLL, SEARCH,
+            )  # fmt: skip
 
 
 # The gradient of an input is complete W - 1 tokens later, so a program walks that far past its span. `pending` holds
@@ -454,9 +490,9 @@ def gates_backward_kernel(
 
 def convolution_blocks(x: torch.Tensor, width: int, channels: dict, spans: tuple[int, int]) -> tuple[int, int]:
     """Channels and tokens of a program that convolves `x` `[B, T, channels]`."""
-    block = min(channels[x.element_size()] // (1 if width <= 4 else 2), triton.next_power_of_2(x.shape[2]))
+    block = min(channels[x.element_size()] // (1 if width <= 4 else 2), round_to_power_of_two(x.shape[2]))
     shortest, longest = spans
-    programs_of_one_token = x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block)
+    programs_of_one_token = x.shape[0] * x.shape[1] * ceil_div(x.shape[2], block)
     span = shortest
     while span < longest and programs_of_one_token >= 2 * span * ENOUGH_PROGRAMS:
         span *= 2
@@ -465,6 +501,55 @@ def convolution_blocks(x: torch.Tensor, width: int, channels: dict, spans: tuple
 
 def with_dense_channels(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_short_convolutions(
+    xs: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    states: list[torch.Tensor | None],
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`launch_short_convolution` of several inputs in one launch.
+
+    Args:
+        xs: of one shape, dtype and strides.
+        weights: of one shape, one for each input.
+        states: one for each input, all None or none of them.
+        cu_seqlens: as there.
+    """
+    xs, weights = [with_dense_channels(x) for x in xs], [weight.contiguous() for weight in weights]
+    x, (channels, width), packed = xs[0], weights[0].shape, cu_seqlens is not None
+    batch, length = x.shape[:2]
+    ys = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in xs]
+    new_states = [x.new_empty(batch, channels, 0 if packed else width - 1) for _ in xs]
+    block, span = convolution_blocks(x, width, FORWARD_CHANNELS, FORWARD_SPAN)
+    spans = ceil_div(length, span)
+    # Triton launches on the current device, which may be another one.
+    with torch.cuda.device_of(x):
+        short_convolution_kernel[(batch * spans, ceil_div(channels, block), len(xs))](
+            xs=tuple(xs),
+            weights=tuple(weights),
+            states=tuple(None if state is None else state.contiguous() for state in states),
+            bounds=None if cu_seqlens is None else cu_seqlens.contiguous(),
+            ys=tuple(ys),
+            new_states=tuple(new_states),
+            length=length,
+            sequences=cu_seqlens.shape[0] - 1 if packed else 0,
+            span=span,
+            spans=spans,
+            batch_stride=x.stride(0),
+            time_stride=x.stride(1),
+            COUNT=len(xs),
+            CHANNELS=channels,
+            W=width,
+            HAS_STATE=states[0] is not None,
+            PACKED=packed,
+            BLOCK=block,
+            UNROLL=UNROLL,
+            SEARCH=SEARCH,
+            num_warps=1,
+        )
+    return ys, new_states
 
 
 def launch_short_convolution(
@@ -482,37 +567,7 @@ def launch_short_convolution(
         `y` as `x`, and the state after the last token `[B, channels, W - 1]` (packed: `[B, channels, 0]`), in the
         dtype of `x`.
     """
-    (batch, length, channels), width = x.shape, weight.shape[1]
-    packed = cu_seqlens is not None
-    x, weight = with_dense_channels(x), weight.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    new_state = x.new_empty(batch, channels, 0 if packed else width - 1)
-    block, span = convolution_blocks(x, width, FORWARD_CHANNELS, FORWARD_SPAN)
-    spans = triton.cdiv(length, span)
-    # Triton launches on the current device, which may be another one.
-    with torch.cuda.device_of(x):
-        short_convolution_kernel[(batch * spans, triton.cdiv(channels, block))](
-            x=x,
-            weight=weight,
-            state=None if state is None else state.contiguous(),
-            bounds=None if cu_seqlens is None else cu_seqlens.contiguous(),
-            y=y,
-            new_state=new_state,
-            length=length,
-            sequences=cu_seqlens.shape[0] - 1 if packed else 0,
-            span=span,
-            spans=spans,
-            batch_stride=x.stride(0),
-            time_stride=x.stride(1),
-            CHANNELS=channels,
-            W=width,
-            HAS_STATE=state is not None,
-            PACKED=packed,
-            BLOCK=block,
-            UNROLL=UNROLL,
-            SEARCH=SEARCH,
-            num_warps=1,
-        )
+    (y,), (new_state,) = launch_short_convolutions([x], [weight], [state], cu_seqlens)
     return y, new_state
 
 
@@ -544,10 +599,10 @@ def short_convolution_backward_op(
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     has_new_state = grad_new_state is not None and not packed
     block, span = convolution_blocks(x, width, BACKWARD_CHANNELS, BACKWARD_SPAN)
-    spans = triton.cdiv(length, span)
+    spans = ceil_div(length, span)
     partial = x.new_empty(batch * spans, width, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        short_convolution_backward_kernel[(batch * spans, triton.cdiv(channels, block))](
+        short_convolution_backward_kernel[(batch * spans, ceil_div(channels, block))](
             grad_y=grad_y,
             grad_new_state=grad_new_state.contiguous() if has_new_state else None,
             x=x,
@@ -603,7 +658,7 @@ short_convolution_op.register_autograd(_convolution_backward, setup_context=_con
 
 def norm_blocks(size: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile for rows of `size`."""
-    block = triton.next_power_of_2(size)
+    block = round_to_power_of_two(size)
     rows = max(1, NORM_TILE // block)
     return rows, block, min(32, max(4, block // 256))
 
@@ -625,7 +680,7 @@ def launch_head_norm(o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate
     rows = o.numel() // size
     tile, block, warps = norm_blocks(size)
     with torch.cuda.device_of(o):
-        head_norm_kernel[(triton.cdiv(rows, tile),)](
+        head_norm_kernel[(ceil_div(rows, tile),)](
             o=o,
             weight=weight,
             gate=None if gate is None else gate.contiguous(),
@@ -660,8 +715,8 @@ def head_norm_backward_op(
     grad_gate = o.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     rows = o.numel() // size
     tile, block, warps = norm_blocks(size)
-    tiles = max(1, triton.cdiv(rows, tile * NORM_PROGRAMS))
-    programs = triton.cdiv(rows, tile * tiles)
+    tiles = max(1, ceil_div(rows, tile * NORM_PROGRAMS))
+    programs = ceil_div(rows, tile * tiles)
     partial = o.new_empty(programs, size, dtype=torch.float32)
     with torch.cuda.device_of(o):
         head_norm_backward_kernel[(programs,)](
@@ -724,7 +779,7 @@ def launch_gates(
     beta, log_gamma = torch.empty_like(beta_logit), torch.empty_like(gamma_logit)
     count = beta.numel()
     with torch.cuda.device_of(beta):
-        gates_kernel[(triton.cdiv(count, GATE_BLOCK),)](
+        gates_kernel[(ceil_div(count, GATE_BLOCK),)](
             beta_logit=beta_logit,
             gamma_logit=gamma_logit,
             beta_bias=beta_bias.contiguous(),
@@ -766,7 +821,7 @@ def gates_backward_op(
     grad_logits = beta_logit.new_empty(2, *beta_logit.shape)
     count, heads = beta_logit.numel(), beta_logit.shape[-1]
     with torch.cuda.device_of(beta_logit):
-        gates_backward_kernel[(triton.cdiv(count, GATE_BLOCK),)](
+        gates_backward_kernel[(ceil_div(count, GATE_BLOCK),)](
             grad_beta=grad_beta.contiguous(),
             grad_log_gamma=grad_log_gamma.contiguous(),
             beta_logit=beta_logit.contiguous(),
@@ -810,4 +865,9 @@ def _gates_backward(ctx, grad_beta, grad_log_gamma):
 gates_op.register_autograd(_gates_backward, setup_context=_gates_context)
 
 # What the operators do, for callers that neither autograd nor a compiler watches.
-LAUNCHES = {"short_convolution": launch_short_convolution, "head_norm": launch_head_norm, "gates": launch_gates}
+LAUNCHES = {
+    "short_convolution": launch_short_convolution,
+    "short_convolutions": launch_short_convolutions,
+    "head_norm": launch_head_norm,
+    "gates": launch_gates,
+}

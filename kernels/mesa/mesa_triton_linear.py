@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from .mesa_layers import FEW_ROWS, MANY_ROWS
 from .mesa_library import NAMESPACE
+from .mesa_triton_helpers import ceil_div, round_to_power_of_two
 from .mesa_triton_layers import launch_head_norm, within
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -626,7 +627,7 @@ def norm_rows(
     }
     with torch.cuda.device_of(x):
         if rows < MANY_ROWS:
-            block = triton.next_power_of_2(size)
+            block = round_to_power_of_two(size)
             norm_row_kernel[(rows, len(weights))](
                 **arguments,
                 BLOCK=block,
@@ -636,10 +637,10 @@ def norm_rows(
             )
         else:
             exact = x.dtype == torch.float32
-            norm_tile_kernel[(triton.cdiv(rows, TILE_ROWS),)](
+            norm_tile_kernel[(ceil_div(rows, TILE_ROWS),)](
                 **arguments,
                 rows=rows,
-                PADDED=max(16, triton.next_power_of_2(max(arguments["SIZES"]))),
+                PADDED=round_to_power_of_two(max(arguments["SIZES"]), 16),
                 # Of 4-byte numbers half as many, for the shared memory.
                 WIDTH=TILE_WIDTH // 2 if exact else TILE_WIDTH,
                 ROWS=TILE_ROWS,
@@ -653,14 +654,14 @@ def norm_rows(
 def gate_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, in place of `gate`; both contiguous."""
     with torch.cuda.device_of(gate):
-        gate_rows_kernel[(triton.cdiv(gate.numel(), 1024),)](gate=gate, up=up, count=gate.numel(), BLOCK=1024)
+        gate_rows_kernel[(ceil_div(gate.numel(), 1024),)](gate=gate, up=up, count=gate.numel(), BLOCK=1024)
     return gate
 
 
 def launch_options(kind: str, x: torch.Tensor, batch: int) -> dict:
     """Blocks and compiler options of a launch for `batch` rows of `x`."""
     blocks = TABLE[kind, x.element_size()]
-    rows = triton.next_power_of_2(batch)
+    rows = round_to_power_of_two(batch)
     return {
         "B": rows,
         # The second operand of a tensor core has 8 or 16 columns.
@@ -735,7 +736,7 @@ def launch_norm_linears(
     ]
     # Triton launches on the current device, which may be another one.
     with torch.cuda.device_of(x):
-        norm_linears_kernel[(sum(triton.cdiv(size, options["ROWS"]) for size in sizes),)](
+        norm_linears_kernel[(sum(ceil_div(size, options["ROWS"]) for size in sizes),)](
             x=x.contiguous(),
             norm_weight=norm_weight.contiguous(),
             weights=tuple(weight.contiguous() for weight in weights),
@@ -776,7 +777,7 @@ def launch_add_linear(
     options = launch_options("add_linear", x, batch)
     y = x.new_empty(shape)
     with torch.cuda.device_of(x):
-        add_linear_kernel[(triton.cdiv(shape[-1], options["ROWS"]),)](
+        add_linear_kernel[(ceil_div(shape[-1], options["ROWS"]),)](
             x=x.contiguous(),
             weight=weight.contiguous(),
             residual=residual.contiguous(),
@@ -815,7 +816,7 @@ def launch_norm_gated_linears(
     size = gate_weight.shape[0]
     y = x.new_empty((*x.shape[:-1], size))
     with torch.cuda.device_of(x):
-        norm_gated_linears_kernel[(triton.cdiv(size, options["ROWS"]),)](
+        norm_gated_linears_kernel[(ceil_div(size, options["ROWS"]),)](
             x=x.contiguous(),
             norm_weight=norm_weight.contiguous(),
             gate_weight=gate_weight.contiguous(),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
-from modeling_mesanet.mesa import gates, head_norm, mesa_layers, short_convolution
+from modeling_mesanet.mesa import gates, head_norm, mesa_layers, short_convolution, short_convolutions
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -29,7 +29,8 @@ torch.set_num_threads(1)
 # Uninitialised memory reads as NaN.
 torch.use_deterministic_algorithms(True, warn_only=True)
 tests.interpret()
-print(json.dumps([tests.small_errors("cpu"), tests.model_errors("cpu"), tests.compiled_error("cpu", "aot_eager")]))
+results = [tests.small_errors("cpu"), tests.model_errors("cpu"), tests.compiled_error("cpu", "aot_eager")]
+print(json.dumps([*results, tests.run_together("cpu")]))
 """
 
 
@@ -233,6 +234,48 @@ def tail_error(device):
     return max(relative).item() / 1e-5
 
 
+# Convolutions computed together, and in how many launches.
+TOGETHER = {
+    "alike": ([Convolution()] * 3, 1),
+    "bfloat16, state": ([Convolution(dtype=BFLOAT16, with_state=True)] * 2, 1),
+    "packed": ([SMALL["packed"]] * 2, 1),
+    "parts of wider projections": ([Convolution(view="part", with_state=True)] * 2, 1),
+    "one": ([Convolution()], 1),
+    "other channels": ([Convolution(), Convolution(), Convolution(channels=7)], 3),
+    "other strides": ([Convolution(), Convolution(view="part")], 2),
+    "other dtypes": ([Convolution(), Convolution(dtype=BFLOAT16)], 2),
+    "another width": ([Convolution(), Convolution(width=3)], 2),
+    "a state for one": ([Convolution(), Convolution(with_state=True)], 2),
+}
+
+
+@torch.no_grad()
+def run_together(device):
+    """The launches of each of TOGETHER, and whether the results are, bit by bit, those of calls one by one."""
+    from modeling_mesanet.mesa.mesa_triton_layers import LAUNCHES
+
+    results, launches = {}, {name: LAUNCHES[name] for name in ("short_convolution", "short_convolutions")}
+    for case, (parts, _) in TOGETHER.items():
+        generator, called = torch.Generator().manual_seed(0), []
+        inputs = [part.inputs(device, generator) for part in parts]
+        expected = [part.call(*tensors) for part, tensors in zip(parts, inputs, strict=True)]
+        bounds = None if parts[0].bounds is None else torch.tensor(parts[0].bounds, device=device)
+
+        def count(launch, called=called):
+            return lambda *arguments: (called.append(launch), launch(*arguments))[1]
+
+        try:
+            LAUNCHES.update({name: count(launch) for name, launch in launches.items()})
+            outputs = short_convolutions(*map(list, zip(*inputs, strict=True)), bounds)
+        finally:
+            LAUNCHES.update(launches)
+        pairs = zip(zip(*outputs, strict=True), expected, strict=True)
+        # Packed sequences leave no state.
+        same = all(torch.equal(*pair) for ours, theirs in pairs for pair in zip(ours, theirs, strict=False))
+        results[case] = len(called), same
+    return results
+
+
 def run_model(device, arguments, continued):
     """Loss, logits and gradients of a small model, in training mode with checkpointing, or of a continued sequence."""
     torch.manual_seed(0)
@@ -328,6 +371,15 @@ def test_interpreted_operators_in_a_compiled_graph(interpreted):
     assert interpreted[2] <= 1e-6
 
 
+def test_interpreted_convolutions_together(interpreted):
+    assert interpreted[3] == {name: [launches, True] for name, (_, launches) in TOGETHER.items()}
+
+
+def test_convolutions_together_in_torch():
+    pytest.importorskip("triton", reason="triton is not installed; there are no launches to count")
+    assert run_together("cpu") == dict.fromkeys(TOGETHER, (0, True))
+
+
 def test_a_cpu_keeps_to_torch():
     assert not mesa_layers.use_triton(None, torch.zeros(1))
 
@@ -341,6 +393,7 @@ def test_operators_on_a_gpu_agree_with_float64():
     assert mesa_layers.use_triton(None, torch.zeros(1, device="cuda"))
     assert not mesa_layers.use_triton(None, torch.zeros(1, device="cuda", dtype=torch.float64))
     assert {name: error for name, error in small_errors("cuda").items() if not error <= 1.1} == {}
+    assert run_together("cuda") == {name: (launches, True) for name, (_, launches) in TOGETHER.items()}
 
 
 LARGE = {
