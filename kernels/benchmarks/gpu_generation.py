@@ -10,7 +10,7 @@ flash-linear-attention`; without it, it is left out) and transformers' Llama of 
 - steps: a step of greedy decoding, with a dynamic cache and with `cache_implementation="static"`, where transformers
   compiles Llama's, and ours is recorded as a CUDA graph; after a short prompt and with thousands of tokens of context;
 - cold: the first token of a fresh process, nothing compiled;
-- prefill: a long prompt, at once and in chunks;
+- prefill: a short prompt; a long one, at once and in chunks;
 - memory: the peak while a smaller model reads up to a million tokens and writes tens of thousands, and whether its
   states are then still what float64 makes of the last tokens.
 
@@ -450,14 +450,15 @@ class Bench:
 
     def prefill(self) -> list[dict]:
         plan, rows = self.plan, []
-        jobs = [(operator, chunk) for operator in self.operators() for chunk in (plan.prefill, plan.prefill_chunk)]
-        for operator, chunk in track(jobs, "prefill", console=CONSOLE):
-            with self.row(operator=operator, tokens=plan.prefill, chunk=chunk) as row:
+        reads = (plan.prompt, plan.prompt), (plan.prefill, plan.prefill), (plan.prefill, plan.prefill_chunk)
+        jobs = [(operator, *read) for operator in self.operators() for read in reads]
+        for operator, tokens, chunk in track(jobs, "prefill", console=CONSOLE):
+            with self.row(operator=operator, tokens=tokens, chunk=chunk) as row:
                 rows.append(row)
                 self.clock.check_time(TUNING if operator == "peer" else 5)
                 model = self.model(operator)
-                ids = random_ids(model.config, 1, plan.prefill, self.device)
-                if chunk < plan.prefill:
+                ids = random_ids(model.config, 1, tokens, self.device)
+                if chunk < tokens:
                     # The last token after chunks, against all tokens at once.
                     cache = self.read(model, ids[:, :-1], chunk)
                     with torch.no_grad():
@@ -472,7 +473,7 @@ class Bench:
         for row in rows:
             if self.clock.cuda and row["operator"] == "mesa" and "ms" in row:
                 model = self.model("mesa")
-                ids = random_ids(model.config, 1, plan.prefill, self.device)
+                ids = random_ids(model.config, 1, row["tokens"], self.device)
                 row["kernels_ms"] = kernel_times(partial(self.read, model, ids, row["chunk"]))
         self.models.clear()
         return rows

@@ -385,31 +385,40 @@ def failed_steps(results: dict) -> str:
     return "; ".join(f"{' and '.join(cases)} ({reason})" for reason, cases in reasons.items())
 
 
+def reading_times(results: dict, tokens: int, chunk: int) -> tuple[dict[str, dict], list[str]]:
+    """The rows of a prompt of `tokens` read in chunks, by operator, and the times of those that have one."""
+    rows = {name: find(results, "prefill", operator=name, tokens=tokens, chunk=chunk) for name in OPERATORS}
+    return rows, [f"{OPERATORS[name]} {significant(row['ms'])} ms" for name, row in rows.items() if "ms" in row]
+
+
 def generation_notes(results: dict) -> list[str]:
     """Prefill, first token and memory, each a sentence with its goal; what was not measured is left out."""
     notes = []
     if failed := failed_steps(results):
         notes.append(f"Not timed: {failed}.")
-    times = []
-    for chunk in sorted({row["chunk"] for row in results.get("prefill", [])}, reverse=True):
-        rows = {name: find(results, "prefill", operator=name, chunk=chunk) for name in OPERATORS}
-        shown = [f"{OPERATORS[name]} {significant(row['ms'])} ms" for name, row in rows.items() if "ms" in row]
+    times, tokens, short = [], results["plan"]["prefill"], results["plan"]["prompt"]
+    for chunk in sorted({row["chunk"] for row in results.get("prefill", []) if row["tokens"] == tokens}, reverse=True):
+        rows, shown = reading_times(results, tokens, chunk)
         if {"ms"} <= rows["mesa"].keys() & rows["peer"].keys():
             ratio = rows["peer"]["ms"] / rows["mesa"]["ms"]
             shown[0] += f" ({ratio:.1f} times the peer's speed{', missed' if not ratio >= PREFILL_GOAL else ''})"
         if shown:
-            way = "at once" if chunk == rows["mesa"].get("tokens") else f"in chunks of {chunk:,}"
+            way = "at once" if chunk == tokens else f"in chunks of {chunk:,}"
             times.append(f"{way} {', '.join(shown)}")
     if times:
-        tokens = results["prefill"][0]["tokens"]
         notes.append(
             f"Reading {tokens:,} tokens, at least {PREFILL_GOAL:g} times as fast as the peer wanted: "
             f"{'; '.join(times)}."
         )
-    groups = results["prefill"][0].get("kernels_ms") if times else None
+    groups = find(results, "prefill", operator="mesa", chunk=tokens).get("kernels_ms")
     if groups:
         shares = ", ".join(f"{name} {significant(ms)}" for name, ms in groups.items())
         notes.append(f"Where the GPU's time goes in our pass at once, ms: {shares}.")
+    rows, shown = reading_times(results, short, short)
+    if shown:
+        busy = sum(rows["mesa"].get("kernels_ms", {}).values())
+        alone = f"; ours keeps the GPU busy for {significant(busy)} ms of them" if busy else ""
+        notes.append(f"Reading {short:,} tokens, where the processor is what takes time: {', '.join(shown)}{alone}.")
     cold = find(results, "cold", cache="dynamic")
     if "first_token_s" in cold:
         seconds = cold["import_s"] + cold["first_token_s"]
