@@ -385,9 +385,9 @@ def failed_steps(results: dict) -> str:
     return "; ".join(f"{' and '.join(cases)} ({reason})" for reason, cases in reasons.items())
 
 
-def reading_times(results: dict, tokens: int, chunk: int) -> tuple[dict[str, dict], list[str]]:
-    """The rows of a prompt of `tokens` read in chunks, by operator, and the times of those that have one."""
-    rows = {name: find(results, "prefill", operator=name, tokens=tokens, chunk=chunk) for name in OPERATORS}
+def reading_times(results: dict, section: str, **case) -> tuple[dict[str, dict], list[str]]:
+    """The rows of a case by operator, and the times of those that have one."""
+    rows = {name: find(results, section, operator=name, **case) for name in OPERATORS}
     return rows, [f"{OPERATORS[name]} {significant(row['ms'])} ms" for name, row in rows.items() if "ms" in row]
 
 
@@ -396,9 +396,9 @@ def generation_notes(results: dict) -> list[str]:
     notes = []
     if failed := failed_steps(results):
         notes.append(f"Not timed: {failed}.")
-    times, tokens, short = [], results["plan"]["prefill"], results["plan"]["prompt"]
-    for chunk in sorted({row["chunk"] for row in results.get("prefill", []) if row["tokens"] == tokens}, reverse=True):
-        rows, shown = reading_times(results, tokens, chunk)
+    times, tokens = [], results["plan"]["prefill"]
+    for chunk in sorted({row["chunk"] for row in results.get("prefill", [])}, reverse=True):
+        rows, shown = reading_times(results, "prefill", chunk=chunk)
         if {"ms"} <= rows["mesa"].keys() & rows["peer"].keys():
             ratio = rows["peer"]["ms"] / rows["mesa"]["ms"]
             shown[0] += f" ({ratio:.1f} times the peer's speed{', missed' if not ratio >= PREFILL_GOAL else ''})"
@@ -414,11 +414,14 @@ def generation_notes(results: dict) -> list[str]:
     if groups:
         shares = ", ".join(f"{name} {significant(ms)}" for name, ms in groups.items())
         notes.append(f"Where the GPU's time goes in our pass at once, ms: {shares}.")
-    rows, shown = reading_times(results, short, short)
+    rows, shown = reading_times(results, "prompt")
     if shown:
         busy = sum(rows["mesa"].get("kernels_ms", {}).values())
         alone = f"; ours keeps the GPU busy for {significant(busy)} ms of them" if busy else ""
-        notes.append(f"Reading {short:,} tokens, where the processor is what takes time: {', '.join(shown)}{alone}.")
+        notes.append(
+            f"Reading {results['plan']['prompt']:,} tokens, where the processor is what takes time: "
+            f"{', '.join(shown)}{alone}."
+        )
     cold = find(results, "cold", cache="dynamic")
     if "first_token_s" in cold:
         seconds = cold["import_s"] + cold["first_token_s"]
