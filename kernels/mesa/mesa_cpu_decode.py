@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One token on a CPU in NumPy, whose operators cost a third of torch's to call: for one token, calls take the time.
 
-The arrays are views of torch's tensors. What reads or writes whole states stays with torch, which uses all threads.
+The arrays are views of torch's tensors, or float32 copies of 16-bit ones. What reads or writes whole states stays with
+torch, which uses all threads.
 
 Dimensions: B batch, H heads, K key size, V value size, W convolution width, N rows (B * H).
 """
@@ -123,19 +124,22 @@ def cpu_decode_layer(
     tolerance: float | None,
     output_stats: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """`mesa_triton_decode.triton_decode_layer` on a CPU, where all tensors share one dtype, float32 or float64."""
+    """`mesa_triton_decode.triton_decode_layer` on a CPU.
+
+    q, k, v, gate and the weights of convolutions and norm share one dtype: float64, as the rest then does, or float32,
+    bfloat16 or float16, with states and gates in float32.
+    """
     batch, heads = beta_logit.shape[0], beta_logit.shape[-1]
     gates = (batch, heads)
     real = None if real is None else real.numpy().reshape(batch, 1)
     with np.errstate(all="ignore"):
-        q = unit(silu(convolve(q, q_state, q_weight, real)).reshape(batch, heads, -1))
-        k = unit(silu(convolve(k, k_state, k_weight, real)).reshape(batch, heads, -1))
-        if v_state is None:
-            v = v.numpy().reshape(batch, heads, -1)
-        else:
-            v = silu(convolve(v, v_state, v_weight, real)).reshape(batch, heads, -1)
-        beta = sigmoid(beta_logit.numpy().reshape(gates) + beta_bias.detach().numpy())
-        gamma = sigmoid(gamma_logit.numpy().reshape(gates) + gamma_bias.detach().numpy())
+        dtype = q.dtype
+        q = unit(convolve(q, q_state, q_weight, real).reshape(batch, heads, -1))
+        k = unit(convolve(k, k_state, k_weight, real).reshape(batch, heads, -1))
+        v = array(v).reshape(batch, -1) if v_state is None else convolve(v, v_state, v_weight, real)
+        v = v.reshape(batch, heads, -1)
+        beta = sigmoid(array(beta_logit).reshape(gates) + array(beta_bias))
+        gamma = sigmoid(array(gamma_logit).reshape(gates) + array(gamma_bias))
         if forget_gate_bound is not None:
             gamma *= 1 - (1 - forget_gate_bound) * beta * beta
         if real is not None:
@@ -148,35 +152,45 @@ def cpu_decode_layer(
         if max_steps == 0:
             x, steps, residuals = q, [0] * q[..., 0].size, [0.0] * q[..., 0].size
         else:
-            lam = np.logaddexp(lambda_param.detach().numpy(), 0) + lambda_lower_bound
+            lam = np.logaddexp(array(lambda_param), 0) + lambda_lower_bound
             x, steps, residuals = solve(h, torch.from_numpy(lam), q, max_steps, tolerance)
         o = np.matmul(x.reshape(batch, heads, 1, -1), g.numpy())[..., 0, :]
-        scale = 1 / np.sqrt(vecdot(o, o) / o.shape[-1] + norm_eps)
-        o = o * scale[..., None].astype(o.dtype, copy=False) * norm_weight.detach().numpy()
+        o = normed(o, norm_weight, norm_eps)
         if gate is not None:
-            o *= silu(gate.numpy()).reshape(o.shape)
-    o = torch.from_numpy(o.reshape(batch, 1, -1))
+            o *= silu(array(gate)).reshape(o.shape)
+    o = torch.from_numpy(o.reshape(batch, 1, -1)).to(dtype)
     if not output_stats:
         return o, None, None
     return o, torch.tensor(steps, dtype=torch.int32).view(gates), torch.tensor(residuals, dtype=h.dtype).view(gates)
 
 
 def cpu_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`mesa_layers.head_norm` without a gate; `x` and `weight` share one dtype, float32 or float64."""
-    rows = x.detach().numpy()
+    """`mesa_layers.head_norm` without a gate; `x` and `weight` share one dtype."""
     with np.errstate(all="ignore"):
-        scale = 1 / np.sqrt(vecdot(rows, rows) / rows.shape[-1] + eps)
-        return torch.from_numpy(rows * scale[..., None].astype(rows.dtype, copy=False) * weight.detach().numpy())
+        return torch.from_numpy(normed(array(x), weight, eps)).to(x.dtype)
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    x = x.detach()
+    return (x.float() if x.itemsize == 2 else x).numpy()
+
+
+def normed(rows: np.ndarray, weight: torch.Tensor, eps: float) -> np.ndarray:
+    scale = 1 / np.sqrt(vecdot(rows, rows) / rows.shape[-1] + eps)
+    return rows * scale[..., None].astype(rows.dtype, copy=False) * array(weight)
 
 
 def convolve(x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, real: np.ndarray | None) -> np.ndarray:
     """The convolution's output for the token `x` `[B, 1, channels]`, `[B, channels]`; `state` takes the token in."""
-    state, weight = state.numpy(), weight.detach().numpy().reshape(weight.shape[0], -1)
-    inputs = np.concatenate([state, x.numpy().reshape(x.shape[0], -1, 1)], axis=-1)
+    taps = array(weight).reshape(weight.shape[0], -1)
+    inputs = np.concatenate([array(state), array(x).reshape(x.shape[0], -1, 1)], axis=-1)
     if real is not None:  # pads stand before what is remembered, as in `PadOrder`
         inputs = np.where(real[..., None], inputs, np.roll(inputs, 1, axis=-1))
-    state[...] = inputs[..., 1:]
-    return vecdot(inputs, weight)
+    state.copy_(torch.from_numpy(inputs[..., 1:]))
+    y = silu(vecdot(inputs, taps))
+    if x.itemsize == 2:  # rounded, as between the modules
+        y = array(torch.from_numpy(y).to(x.dtype))
+    return y
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ from .mesa_library import OPERATORS
 # What the Triton operators take; everything else, such as float64, stays in torch.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Of one token on a CPU.
+NUMPY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 # A wider convolution does not fit the registers of its warp.
 WIDEST_CONVOLUTION = 8
 
@@ -84,7 +87,7 @@ def decodes_layer(
     """Whether `decode_layer` takes layers of these sizes, with convolutions of this width, on `device`."""
     if device.type == "cpu":
         # Not where Triton's interpreter was asked for.
-        return dtype in (torch.float32, torch.float64) and select_backend(device, backend)[0] == "torch"
+        return dtype in NUMPY_DTYPES and select_backend(device, backend)[0] == "torch"
     if device.type != "cuda" or dtype not in TRITON_DTYPES or width > WIDEST_CONVOLUTION:
         return False
     if not mesa_runs_in_triton(device, dtype, key_dim, value_dim, backend):
@@ -268,7 +271,7 @@ def is_small_token(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if type(x) is not torch.Tensor or x.ndim != 3 or x.shape[1] != 1 or x.numel() > SMALL_NORM:
         return False
-    return x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and x.dtype in NUMPY_DTYPES
 
 
 def head_norm(

@@ -138,7 +138,7 @@ class TestPrecedence:
         assert select_backend("cpu", "torch") == ("torch", "it was asked for")
         assert select_backend("meta") == ("torch", "no Triton kernel runs on meta")
         assert decodes_layer(CPU, torch.float32, 16, 16, 4, "auto")
-        assert not decodes_layer(CPU, torch.bfloat16, 16, 16, 4, "auto")  # NumPy has none
+        assert decodes_layer(CPU, torch.bfloat16, 16, 16, 4, "auto")
 
     def test_a_cpu_refuses_triton(self):
         message = "the Triton backend was asked for, but no Triton kernel runs on cpu; use 'auto' or 'torch'"
