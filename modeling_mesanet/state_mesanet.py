@@ -213,11 +213,10 @@ def load_state(
     cache = upgrade_cache(DynamicCache(config=config), config)
     for index, layer in enumerate(cache.layers):
         target = _layer_device(backbone.layers[index]) if device is None else device
-        layer.write(
-            [tensors[f"layers.{index}.conv.{slot}"].to(target) for slot in range(config.number_of_conv_states)],
-            (tensors[f"layers.{index}.h"].to(target), tensors[f"layers.{index}.g"].to(target)),
-            info.tokens,
-        )
+        names = [f"conv.{slot}" for slot in range(config.number_of_conv_states)] + ["h", "g"]
+        # Copied, since what safetensors gives may be the file itself, mapped into memory.
+        *conv_states, h, g = (tensors[f"layers.{index}.{name}"].to(target, copy=True) for name in names)
+        layer.write(conv_states, (h, g), info.tokens)
     return cache
 
 

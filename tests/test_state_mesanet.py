@@ -94,6 +94,19 @@ def test_a_saved_state_comes_back_bit_by_bit(make, tmp_path, tokenizer, dtype, b
 
 
 @torch.no_grad()
+def test_a_loaded_state_and_its_file_go_their_own_ways(model, tmp_path):
+    cache, path = filled(model), tmp_path / "state"
+    save_state(cache, path, model=model)
+    content = path.read_bytes()
+    loaded = load_state(path, model=model)
+    model(random_ids(1, 3, seed=2), past_key_values=load_state(path, model=model))
+    assert path.read_bytes() == content
+    with open(path, "r+b") as file:  # in place, as no program should
+        file.write(bytes(len(content)))
+    assert_equal(loaded, cache)
+
+
+@torch.no_grad()
 def test_generation_from_a_saved_state_equals_generation_from_the_prompt(model, tmp_path, tokenizer):
     prompt = tokenizer("The old captain looked at the sea.", return_tensors="pt")["input_ids"]
     cache = model(prompt, use_cache=True).past_key_values
