@@ -749,6 +749,8 @@ class MesaNetModel(MesaNetPreTrainedModel):
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         mask = local_mask(attention_mask, batch, length, past_key_values)
         cu_seqlens = packed_bounds(batch, length, position_ids, mask, past_key_values, kwargs)
+        if cu_seqlens is not None:  # here, for all layers
+            cu_seqlens = cu_seqlens.to((input_ids if inputs_embeds is None else inputs_embeds).device)
         if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
             past_key_values = upgrade_cache(DynamicCache(config=self.config), self.config)
 

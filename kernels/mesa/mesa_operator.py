@@ -10,6 +10,7 @@ from operator import index
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .mesa_chunkwise import chunkwise
 from .mesa_decode import decode_step, decode_step_op, decode_tokens, decodes_tokens
@@ -18,6 +19,9 @@ from .mesa_solver import l2_normalize
 
 # What the Triton kernels read as it is; other dtypes are converted to float32.
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Bounds of packed sequences that were found right: how often they had been written to, and for how many tokens.
+_READ_BOUNDS = WeakTensorKeyDictionary()
 
 
 class SolverStats(NamedTuple):
@@ -293,12 +297,18 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, length: int) -> int:
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens was given with a batch of {batch}; pack the sequences into a batch of 1.")
-    # Reading the values waits for the device and cannot be traced; a graph trusts its caller.
-    if not torch.compiler.is_compiling():
+    # Reading the values waits for the device, so that what the layers of a model share is read once; and it cannot be
+    # traced: a graph trusts its caller.
+    if torch.compiler.is_compiling():
+        return cu_seqlens.shape[0] - 1
+    case = None if cu_seqlens.is_inference() else (cu_seqlens._version, length)
+    if case is None or _READ_BOUNDS.get(cu_seqlens) != case:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or any(b > e for b, e in pairwise(bounds)):
             raise ValueError(
                 f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must rise from 0 to the number of tokens, "
                 f"{length}."
             )
+        if case is not None:
+            _READ_BOUNDS[cu_seqlens] = case
     return cu_seqlens.shape[0] - 1

@@ -170,6 +170,26 @@ class TestArguments:
             own = mesa_attention(*inputs.tokens(start, end), **options).stats
             assert torch.equal(stats.steps[:, start:end], own.steps)
 
+    def test_bounds_are_read_once_unless_they_change(self, monkeypatch):
+        inputs, bounds, reads = make_inputs("normal", 1, 8), cu_seqlens_of([3, 5]), []
+        read = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or read(tensor))
+        for _ in range(3):
+            mesa_attention(*inputs, cu_seqlens=bounds, backend="torch")
+        # The computation in torch reads them each time, unlike the kernels.
+        assert sum(tensor is bounds for tensor in reads) == 1 + 3
+        with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 8"):
+            mesa_attention(*inputs.tokens(0, 7), cu_seqlens=bounds)
+        bounds[1] = 9
+        with pytest.raises(ValueError, match="must rise"):
+            mesa_attention(*inputs, cu_seqlens=bounds)
+        with torch.inference_mode():
+            unversioned = cu_seqlens_of([3, 5])
+            mesa_attention(*inputs, cu_seqlens=unversioned)
+            unversioned[1] = 9
+            with pytest.raises(ValueError, match="must rise"):
+                mesa_attention(*inputs, cu_seqlens=unversioned)
+
     def test_a_batch_row_with_nan_leaves_the_others_alone(self):
         inputs = make_inputs("normal", batch=3, length=40)
         expected = mesa_attention(*inputs, chunk_size=16).o
