@@ -220,23 +220,26 @@ def short_convolutions(
     Returns:
         The outputs, and the states after the last token.
     """
-    x, weight, state = xs[0], weights[0], states[0]
-    alike = all(
-        (other.shape, other.dtype, other.stride()) == (x.shape, x.dtype, x.stride())
-        and taps.shape == weight.shape
-        and (memory is None) == (state is None)
-        for other, taps, memory in zip(xs, weights, states, strict=True)
-    )
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    fits = not traced and weight.shape[1] <= WIDEST_CONVOLUTION and use_triton(backend, *xs, *weights)
-    if alike and fits:
-        states = [None if memory is None else memory.to(x.dtype) for memory in states]
+    if not traced and use_triton(backend, *xs, *weights) and are_alike(xs, weights, states):
+        states = [None if state is None else state.to(xs[0].dtype) for state in states]
         return run_triton("short_convolutions", xs, weights, states, cu_seqlens)
     each = [
-        short_convolution(other, taps, memory, cu_seqlens, backend)
-        for other, taps, memory in zip(xs, weights, states, strict=True)
+        short_convolution(x, weight, state, cu_seqlens, backend)
+        for x, weight, state in zip(xs, weights, states, strict=True)
     ]
-    return [y for y, _ in each], [memory for _, memory in each]
+    return [y for y, _ in each], [state for _, state in each]
+
+
+def are_alike(xs: list[torch.Tensor], weights: list[torch.Tensor], states: list[torch.Tensor | None]) -> bool:
+    """Whether one launch takes these convolutions."""
+    first, size, has_state = xs[0], weights[0].shape, states[0] is not None
+    return size[1] <= WIDEST_CONVOLUTION and all(
+        (x.shape, x.dtype, x.stride()) == (first.shape, first.dtype, first.stride())
+        and weight.shape == size
+        and (state is not None) == has_state
+        for x, weight, state in zip(xs, weights, states, strict=True)
+    )
 
 
 class PadOrder:
