@@ -42,6 +42,7 @@ from .mesa import (
     gates,
     head_norm,
     mesa_attention,
+    mesa_states,
     mesa_step,
     norm_gated_linears,
     norm_linears,
@@ -320,18 +321,8 @@ class MesaNetMixer(nn.Module):
             return self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
-        convolutions = [part for part in (self.q_conv, self.k_conv, self.v_conv) if part is not None]
-        conv_inputs = [q, k, v][: len(convolutions)]
-        conv_states = [None if cache is None else cache.conv_state(slot) for slot in range(len(convolutions))]
-        if plain and pads is None:
-            weights = [convolution.weight.squeeze(1) for convolution in convolutions]
-            convolved, conv_states = short_convolutions(
-                conv_inputs, weights, conv_states, cu_seqlens, config.kernel_backend
-            )
-        else:
-            inputs = zip(convolutions, conv_inputs, conv_states, strict=True)
-            pairs = [convolution(x, memory, pads, cu_seqlens) for convolution, x, memory in inputs]
-            convolved, conv_states = zip(*pairs, strict=True)
+        conv_inputs = [q, k, v][: config.number_of_conv_states]
+        convolved, conv_states = self.convolve(conv_inputs, cache, pads, cu_seqlens, plain)
         q, k, v = (*convolved, v)[:3]
 
         with maybe_autocast(q.device.type, enabled=False):
@@ -365,6 +356,50 @@ class MesaNetMixer(nn.Module):
         o = self.o_norm(output.o, None if gate is None else gate.unflatten(-1, (self.num_heads, -1)))
         stats = output.stats
         return o.flatten(2), None if stats is None else SolverStats(*(values.detach() for values in stats))
+
+    def convolve(
+        self,
+        inputs: list[torch.Tensor],
+        cache: MesaNetCacheLayer | None,
+        pads: PadOrder | None,
+        cu_seqlens: torch.Tensor | None = None,
+        plain: bool = False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The layer's convolutions of q, k and, where it has one, v, after what `cache` holds; and their new states.
+
+        `plain` as in `mix`.
+        """
+        convolutions = [part for part in (self.q_conv, self.k_conv, self.v_conv) if part is not None]
+        states = [None if cache is None else cache.conv_state(slot) for slot in range(len(convolutions))]
+        if plain and pads is None:
+            weights = [convolution.weight.squeeze(1) for convolution in convolutions]
+            return short_convolutions(inputs, weights, states, cu_seqlens, self.config.kernel_backend)
+        pairs = [
+            convolution(x, memory, pads, cu_seqlens)
+            for convolution, x, memory in zip(convolutions, inputs, states, strict=True)
+        ]
+        return [y for y, _ in pairs], [state for _, state in pairs]
+
+    def remember(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache
+    ) -> None:
+        """Take tokens whose outputs nobody asks for into the cache, without gradients; arguments as in `forward`."""
+        cache: MesaNetCacheLayer = past_key_values.layers[self.layer_idx]
+        config, memory = self.config, self.config.conv_kernel_size - 1
+        # Of the queries, only what the convolution remembers counts; with pads, that may lie anywhere.
+        recent = hidden_states[:, -memory:] if attention_mask is None else hidden_states
+        q, k, v = self.q_proj(recent), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        cache.check_dtype(k.dtype, torch.is_autocast_enabled(k.device.type))
+        pads = None if attention_mask is None else PadOrder(attention_mask, memory)
+        (_, k, *convolved), conv_states = self.convolve([q, k, v][: config.number_of_conv_states], cache, pads)
+        v = convolved[0] if convolved else v
+        with maybe_autocast(k.device.type, enabled=False):
+            beta, log_gamma = self.gates(hidden_states, attention_mask)
+            k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (k, v))
+            state = mesa_states(
+                k, v, log_gamma, beta, initial_state=cache.recurrent_state(), backend=config.kernel_backend
+            )
+        cache.write(conv_states, state, hidden_states.shape[1])
 
     def decodes_in_one_launch(self, hidden_states: torch.Tensor) -> bool:
         """Whether one call does all of a token between the projections, unless a module was replaced or is watched."""
@@ -441,6 +476,9 @@ class MesaNetMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
+
+# Tokens from which on it pays that a last layer computes no outputs of them. A GPU waits for the launches of fewer.
+LEFT_OUT_ON_CPU, LEFT_OUT_ON_GPU = 64, 4096
 
 # Where the projections of a layer have kernels of their own, and the logits of a token a product.
 FUSED_DEVICES = ("cuda",)
@@ -543,13 +581,25 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: torch.Tensor | None = None,
         *,
         solver: Solver,
+        tokens_to_keep: int = 0,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, SolverStats]:
         """Arguments as in `MesaNetMixer.forward`; further ones are accepted for transformers' sake.
 
+        Args:
+            tokens_to_keep: compute the outputs of the last so many tokens alone (0: all); the others only enter the
+                cache. Without gradients.
+
         Returns:
-            `[B, T, d]`; paired with the solver's statistics where they are wanted.
+            `[B, T, d]`, or `[B, tokens_to_keep, d]`; paired with the solver's statistics where they are wanted.
         """
+        if tokens_to_keep:
+            pieces = (slice(-tokens_to_keep), slice(-tokens_to_keep, None))
+            before, hidden_states = (hidden_states[:, piece] for piece in pieces)
+            mask_before, attention_mask = (
+                (None, None) if attention_mask is None else (attention_mask[:, piece] for piece in pieces)
+            )
+            self.mixer.remember(self.mixer_norm(before), mask_before, past_key_values)
         parts = self.fusible_parts(hidden_states, past_key_values)
         if parts is not None:
             hidden_states, stats = self.compute_fused(
@@ -622,6 +672,20 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         gated = norm_gated_linears(hidden_states, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
         hidden_states = add_linear(gated, mlp.down_proj.weight, hidden_states, overwrite=True).reshape(shape)
         return hidden_states, reshape_stats(stats, shape)
+
+
+def can_leave_out(layer: nn.Module, tokens: int, device: torch.device, past_key_values: Cache | None) -> bool:
+    """Whether the first `tokens` tokens need only enter a layer's cache, and that is less work than their outputs.
+
+    Not where autograd, a compiler, a hook inside the layer, or a cache that records tokens would notice.
+    """
+    if tokens < (LEFT_OUT_ON_CPU if device.type == "cpu" else LEFT_OUT_ON_GPU) or past_key_values is None:
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if not isinstance(layer, MesaNetDecoderLayer) or any(map(is_watched, layer.modules())):
+        return False
+    return not past_key_values.layers[layer.mixer.layer_idx].record_past
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):
@@ -719,6 +783,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
         cg_tolerance: float | Literal["config"] | None = FROM_CONFIG,
         cg_max_steps: int | Literal["config"] = FROM_CONFIG,
         output_solver_stats: bool = False,
+        tokens_to_keep: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MesaNetModelOutput:
         r"""
@@ -735,6 +800,8 @@ class MesaNetModel(MesaNetPreTrainedModel):
                 left out, what `solver()` says, or else the config (for the mode, training or not).
             cg_max_steps: largest number of solver steps, >= 0, 0 to leave the solver out; left out, the same.
             output_solver_stats: return `solver_stats`: each layer's, token's and head's steps and residuals.
+            tokens_to_keep: return the last hidden states of the last so many tokens alone (0, and always with
+                `output_hidden_states`: of all), so that the last layer may leave out the others' outputs.
             kwargs: `cu_seq_lens_q` `[S + 1]` or `seq_idx` `[B, T]` mark packed sequences explicitly.
 
         Raises:
@@ -755,19 +822,24 @@ class MesaNetModel(MesaNetPreTrainedModel):
             past_key_values = upgrade_cache(DynamicCache(config=self.config), self.config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        solver_stats = []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        layers, solver_stats = self.layers[: self.config.num_hidden_layers], []
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+            tokens_to_keep = 0
+        for layer in layers:
+            ends = layer is layers[-1] and tokens_to_keep and not output_solver_stats
+            shortened = ends and can_leave_out(layer, length - tokens_to_keep, hidden_states.device, past_key_values)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 cu_seqlens=cu_seqlens,
                 solver=solver,
+                tokens_to_keep=tokens_to_keep if shortened else 0,
             )
             if isinstance(hidden_states, tuple):
                 hidden_states, stats = hidden_states
                 solver_stats.append(stats)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states[:, -tokens_to_keep:])
         return MesaNetModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -843,6 +915,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             cg_tolerance=cg_tolerance,
             cg_max_steps=cg_max_steps,
             output_solver_stats=output_solver_stats,
+            tokens_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

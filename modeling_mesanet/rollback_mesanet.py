@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .mesa import PadOrder, mesa_attention
+from .mesa import PadOrder, mesa_states
 
 # Tokens that can be taken back. Far more than any draft, and few enough that the tape of a long prompt, which is read
 # in the same pass as the first draft, stays smaller than the activations of that pass.
@@ -97,20 +97,15 @@ class StateTape:
         for state, x in zip(self.conv_states, first.conv_inputs, strict=True):
             inputs = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)
             conv_states.append((inputs if pads is None else pads.sort(inputs))[..., -memory:])
-        output = mesa_attention(
-            first.k,
+        state = mesa_states(
             first.k,
             first.v,
             first.log_gamma,
             first.beta,
-            # Unread: without a solver nothing is regularised.
-            torch.ones_like(first.k[0, 0], dtype=first.beta.dtype),
             initial_state=self.recurrent_states,
-            output_final_state=True,
-            max_steps=0,
             backend=self.backend,
         )
-        return conv_states, output.final_state
+        return conv_states, state
 
     def _joined(self) -> Consumed:
         if len(self.pieces) == 1:

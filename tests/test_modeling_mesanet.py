@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from small_models import random_ids
+from small_models import random_ids, states
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,6 +27,7 @@ from modeling_mesanet import (
     modeling_mesanet,
 )
 from modeling_mesanet.mesa import mesa_reference
+from modeling_mesanet.modeling_mesanet import MesaNetMixer
 
 FP32_PARAMETERS = ("beta_bias", "gamma_bias", "lambda_param")
 
@@ -619,6 +620,94 @@ def test_logits_to_keep(tiny_model):
     torch.testing.assert_close(model(input_ids, logits_to_keep=4).logits, full[:, -4:])
     kept = torch.tensor([0, 3, 5])
     torch.testing.assert_close(model(input_ids, logits_to_keep=kept).logits, full[:, kept])
+
+
+class TestLastLayerOfAPrompt:
+    """Of the tokens whose logits nobody asks for, the last layer only takes the states."""
+
+    @pytest.fixture(autouse=True)
+    def from_few_tokens(self, monkeypatch):
+        monkeypatch.setattr(modeling_mesanet, "LEFT_OUT_ON_CPU", 4)
+
+    @staticmethod
+    def remembered(model, monkeypatch) -> list[int]:
+        """Fills with the numbers of tokens that the last layer computes no outputs of."""
+        found, mixer = [], model.model.layers[-1].mixer
+        original = MesaNetMixer.remember
+
+        def remember(self, hidden_states, *arguments):
+            assert self is mixer
+            found.append(hidden_states.shape[1])
+            original(self, hidden_states, *arguments)
+
+        monkeypatch.setattr(MesaNetMixer, "remember", remember)
+        return found
+
+    @pytest.mark.parametrize("fields", [{}, {"use_output_gate": True, "conv_on_value": False}], ids=str)
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("kept", [1, 3])
+    def test_logits_and_states_are_those_of_all_tokens(self, tiny_model, monkeypatch, fields, layers, padded, kept):
+        model = tiny_model(num_hidden_layers=layers, **fields).double()
+        input_ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+        mask[0, :7], mask[1, 12:15], mask[1, 27] = 0, 0, 0
+        mask = mask if padded else None
+        found = self.remembered(model, monkeypatch)
+        with torch.no_grad():
+            expected = model(input_ids, mask, use_cache=True)
+            pieces, cache = [], None
+            for piece in (slice(0, 10), slice(10, 30)):
+                piece_mask = None if mask is None else mask[:, : piece.stop]
+                output = model(input_ids[:, piece], piece_mask, past_key_values=cache, logits_to_keep=kept)
+                pieces.append(output.logits)
+                cache = output.past_key_values
+        assert found == [10 - kept, 20 - kept]
+        last = torch.cat([expected.logits[:, 10 - kept : 10], expected.logits[:, -kept:]], dim=1)
+        real = torch.ones_like(last[..., 0], dtype=torch.bool)
+        if mask is not None:
+            real = torch.cat([mask[:, 10 - kept : 10], mask[:, -kept:]], dim=1).bool()
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[real], last[real])
+        assert cache.get_seq_length() == 30
+        for found_state, state in zip(states(cache), states(expected.past_key_values), strict=True):
+            torch.testing.assert_close(found_state, state)
+
+    def test_generate_reads_a_prompt_so(self, tiny_model, monkeypatch):
+        model, input_ids = tiny_model(), random_ids(2, 20)
+        expected = model.generate(input_ids, max_new_tokens=8, do_sample=False, use_cache=False)
+        found = self.remembered(model, monkeypatch)
+        assert torch.equal(model.generate(input_ids, max_new_tokens=8, do_sample=False), expected)
+        assert found == [19]
+
+    def test_not_where_somebody_sees_the_other_outputs(self, tiny_model, monkeypatch):
+        model, input_ids = tiny_model(), random_ids(1, 20)
+        found = self.remembered(model, monkeypatch)
+        model(input_ids, logits_to_keep=1, use_cache=True)  # autograd
+        with torch.no_grad():
+            output = model(input_ids, logits_to_keep=1, use_cache=True, output_solver_stats=True)
+            assert all(stats.steps.shape[1] == 20 for stats in output.solver_stats)
+            model(input_ids, logits_to_keep=1, use_cache=False)
+            model(input_ids, logits_to_keep=torch.tensor([19]), use_cache=True)
+            cache = modeling_mesanet.upgrade_cache(DynamicCache(config=model.config), model.config)
+            cache.activate_past_recording()
+            model(input_ids, logits_to_keep=1, past_key_values=cache)
+            cache.crop(-15)
+            assert cache.get_seq_length() == 5
+            seen = []
+            watch = model.model.layers[-1].mlp.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+            model(input_ids, logits_to_keep=1, use_cache=True)
+            watch.remove()
+            assert seen == [20]
+            output = model(input_ids, logits_to_keep=1, use_cache=True, output_hidden_states=True)
+            assert [state.shape[1] for state in output.hidden_states] == [20] * 3
+        assert found == []
+
+    def test_the_decoder_alone(self, tiny_model):
+        model, input_ids = tiny_model().model, random_ids(2, 9)
+        with torch.no_grad():
+            whole = model(input_ids, use_cache=True).last_hidden_state
+            for kept in (1, 5, 9, 12):
+                found = model(input_ids, use_cache=True, tokens_to_keep=kept).last_hidden_state
+                torch.testing.assert_close(found, whole[:, -kept:])
 
 
 def test_labels_are_shifted_ignored_and_normalised_as_told(tiny_model):

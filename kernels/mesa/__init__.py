@@ -21,6 +21,7 @@ from .mesa_operator import (
     SolverStats,
     check_solver,
     mesa_attention,
+    mesa_states,
     mesa_step,
 )
 from .mesa_reference import mesa_reference
@@ -40,6 +41,7 @@ __all__ = [
     "head_norm",
     "mesa_attention",
     "mesa_reference",
+    "mesa_states",
     "mesa_step",
     "norm_gated_linears",
     "norm_linears",

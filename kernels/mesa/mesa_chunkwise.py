@@ -170,6 +170,26 @@ def chunk_states(layout, factors, k, v, beta, initial_h, initial_g):
     return *received.split(sizes, dim=-1), *copies
 
 
+def final_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states after the last token alone, in one sum over all tokens; arguments as in `chunkwise`."""
+    log_decay = log_gamma.flip(1).cumsum(1).flip(1)  # from before each token to the end
+    after = torch.nn.functional.pad(log_decay[:, 1:], (0, 0, 0, 1))
+    with full_precision(k.device):
+        weighted_key = (k * (beta * after.exp()).unsqueeze(-1)).permute(0, 2, 3, 1)
+        h, g = (torch.matmul(weighted_key, rows.transpose(1, 2)) for rows in (k, v))
+    if initial_h is not None:
+        decay = log_gamma.sum(1)[..., None, None].exp()
+        h, g = h.addcmul_(decay, initial_h), g.addcmul_(decay, initial_g)
+    return h, g
+
+
 def chunk_solve(b, k, h, lam, factors, weights, max_steps, tolerance):
     """Solve `(H_t + Lambda) x_t = b_t` for every token of every chunk; `b` `[L, H, N, C, K]`."""
     lam = lam[:, None, None, :].expand(*b.shape[:3], 1, -1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .mesa_chunkwise import chunkwise
+from .mesa_chunkwise import chunkwise, final_states
 from .mesa_decode import decode_step, decode_step_op, decode_tokens, decodes_tokens
 from .mesa_dispatch import use_triton
 from .mesa_solver import l2_normalize
@@ -104,7 +104,7 @@ def mesa_attention(
         ValueError: a shape, an option or `cu_seqlens` is out of range; the message names it.
         BackendError: the backend that was asked for does not exist or cannot run (a ValueError, too).
     """
-    _check_shapes(q, k, v, log_gamma, beta, lam)
+    _check_shapes(q=q, k=k, v=v, log_gamma=log_gamma, beta=beta, lam=lam)
     max_steps, tolerance = check_solver(max_steps, tolerance)
     backward_max_steps, backward_tolerance = check_solver(
         max_steps if backward_max_steps is None else backward_max_steps,
@@ -157,6 +157,50 @@ def mesa_attention(
 
 
 @torch.no_grad()
+def mesa_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    normalize_k: bool = True,
+    backend: str | None = None,
+) -> MesaState:
+    """The final state of `mesa_attention` alone, without gradients: for tokens whose outputs nobody asks for.
+
+    Args:
+        k, v, log_gamma, beta: as in `mesa_attention`.
+        initial_state: `(H_0, G_0)`, `[B, H, K, K]` symmetric and `[B, H, K, V]`; None is zero.
+        normalize_k: L2-normalise k over K first (in float32).
+        backend: as in `mesa_attention`.
+
+    Returns:
+        `MesaState` in float32, or float64 when `k` is float64.
+
+    Raises:
+        ValueError: a shape is out of range; the message names it.
+        BackendError: as in `mesa_attention`.
+    """
+    _check_shapes(k=k, v=v, log_gamma=log_gamma, beta=beta)
+    initial_h, initial_g = _check_state(initial_state, k.shape[0], *k.shape[2:], v.shape[3], k.device)
+    dtype = _compute_dtype(k)
+    log_gamma, beta = log_gamma.to(dtype), beta.to(dtype)
+    if initial_h is not None:
+        initial_h, initial_g = initial_h.to(dtype), initial_g.to(dtype)
+    if v.numel() and _runs_in_triton(k, k, v, backend):
+        from .mesa_triton import launch_states
+
+        k, v = (tensor if tensor.dtype in _TRITON_DTYPES else tensor.float() for tensor in (k, v))
+        inputs = [tensor.contiguous() for tensor in (k, v, log_gamma, beta)]
+        inputs += (None, None) if initial_h is None else (initial_h.contiguous(), initial_g.contiguous())
+        return MesaState(*launch_states(*inputs, normalize_k))
+    k, v = k.to(dtype), v.to(dtype)
+    k = l2_normalize(k) if normalize_k else k
+    return MesaState(*final_states(k, v, log_gamma, beta, initial_h, initial_g))
+
+
+@torch.no_grad()
 def mesa_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -186,7 +230,7 @@ def mesa_step(
     Raises:
         ValueError: a shape, dtype or option is out of range; the state is then untouched.
     """
-    _check_shapes(q, k, v, log_gamma, beta, lam)
+    _check_shapes(q=q, k=k, v=v, log_gamma=log_gamma, beta=beta, lam=lam)
     max_steps, tolerance = check_solver(max_steps, tolerance)
     if q.shape[1] != 1:
         raise ValueError(f"q has {q.shape[1]} tokens; mesa_step takes one. Use mesa_attention for more.")
@@ -248,24 +292,30 @@ def _compute_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check_shapes(q, k, v, log_gamma, beta, lam) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [batch, time, heads, key size].")
+def _check_shapes(**inputs: torch.Tensor) -> None:
+    """Refuse inputs, by their names in the order of the arguments, that do not fit the first, which is q or k."""
+    (leader, first), *_ = inputs.items()
+    if first.ndim != 4:
+        raise ValueError(f"{leader} has shape {tuple(first.shape)}; it must be [batch, time, heads, key size].")
     expected = {
-        "q": (q, q.shape),
-        "k": (k, q.shape),
-        "v": (v, (*q.shape[:3], v.shape[-1])),
-        "log_gamma": (log_gamma, q.shape[:3]),
-        "beta": (beta, q.shape[:3]),
-        "lam": (lam, q.shape[2:]),
+        "q": first.shape,
+        "k": first.shape,
+        "v": (*first.shape[:3], inputs["v"].shape[-1]),
+        "log_gamma": first.shape[:3],
+        "beta": first.shape[:3],
+        "lam": first.shape[2:],
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != torch.Size(shape):
+    for name, tensor in inputs.items():
+        shape = torch.Size(expected[name])
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; with q of shape {tuple(q.shape)} it must be {tuple(shape)}."
+                f"{name} has shape {tuple(tensor.shape)}; with {leader} of shape {tuple(first.shape)} it must be "
+                f"{tuple(shape)}."
             )
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device.")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {leader} is on {first.device}; move them to one device."
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it must have a floating-point dtype.")
 
@@ -285,7 +335,9 @@ def _check_state(
         if tensor.shape != torch.Size(shape):
             raise ValueError(f"the state {name} has shape {tuple(tensor.shape)}; it must be {shape}.")
         if tensor.device != device:
-            raise ValueError(f"the state {name} is on {tensor.device} but q is on {device}; move them to one device.")
+            raise ValueError(
+                f"the state {name} is on {tensor.device}, the other inputs on {device}; move them to one device."
+            )
     return h, g
 
 

@@ -286,9 +286,11 @@ class Layer:
         )
         return chunks
 
-    def states(self, chunks: Chunks, initial) -> tuple[Pair, Pair, tuple[torch.Tensor, torch.Tensor]]:
-        """The states before every chunk, and the final states."""
-        h, g = self.new_pairs()
+    def states(
+        self, chunks: Chunks, initial, only_final: bool = False
+    ) -> tuple[Pair | None, Pair | None, tuple[torch.Tensor, torch.Tensor]]:
+        """The states before every chunk (None if `only_final`), and the final states."""
+        h, g = (None, None) if only_final else self.new_pairs()
 
         def run_pass(number, **boundaries):
             launch(
@@ -615,6 +617,23 @@ def launch_chunkwise(
             q, lam, h, g, chunks, max_steps, tolerance, o=o, keep=keep_solution, stats=output_stats
         )
         return o, *final, steps, residual, x
+
+
+def launch_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_gamma: torch.Tensor,
+    beta: torch.Tensor,
+    initial_h: torch.Tensor | None,
+    initial_g: torch.Tensor | None,
+    normalize_k: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final states of `launch_chunkwise` alone, `[B, H, K, K]` and `[B, H, K, V]`; arguments as there."""
+    with torch.cuda.device_of(k):
+        layer = Layer(k, v, log_gamma, beta, None, normalize_k)
+        initial = None if initial_h is None else (initial_h, initial_g)
+        *_, final = layer.states(layer.prepare(), initial, only_final=True)
+        return final
 
 
 @torch.library.custom_op(f"{NAMESPACE}::triton_chunkwise", mutates_args=())

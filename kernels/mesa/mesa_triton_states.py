@@ -320,7 +320,7 @@ def carry_columns(
         else:
             unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_G)
             growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_G)
-        if PASS != FIRST_PASS:
+        if (PASS != FIRST_PASS) & (high is not None):
             store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
         product = outer_products(keys, keys_rest, row * KP + channel[None, :], right * weight[:, None], TERMS)
         # Not by the tensor cores' own accumulation, which rounds towards zero: over many chunks that adds up.
@@ -372,12 +372,20 @@ def carry_states_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (segment * heads + head, block): the blocks of H's columns come first, then those of G's."""
+    """Program (segment * heads + head, block): the blocks of H's columns come first, then those of G's.
+
+    Without `h_high` to `g_scale`, all None, only the final states are stored.
+    """
     segment, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block = tl.program_id(1)
     first, count, sequence, before, after = locate_segment(
         segment, chunks_per_row, chunks_per_segment, segment_table, PACKED
     )
+    if (PASS == SECOND_PASS) & (h_high is None):
+        # The sums of all segments, the last one's too, are the final state already.
+        if after != 0:
+            return
+        segment, before, count = segment + 1, before + 1, 0
     if block < KP // BK:
         carry_columns(
             block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, parts_h,

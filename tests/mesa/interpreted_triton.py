@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from mesa_inputs import Inputs, chunkwise, cu_seqlens_of, errors, evaluate, make_inputs, make_state, oracle
 
+from modeling_mesanet.mesa import mesa_states
+
 CONVERGED = {"max_steps": 96, "tolerance": None}
 
 
@@ -56,7 +58,10 @@ CASES = {
 
 
 def compare(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str, float]:
-    """Relative errors of outputs, final states and gradients against the oracle, which gets the rounded inputs."""
+    """Relative errors of outputs, final states and gradients against the oracle, which gets the rounded inputs.
+
+    `states_h` and `states_g` are the final states by themselves, of `mesa_states`, which takes no packed sequences.
+    """
     batch = 2 if case.lengths is None else 1
     inputs = make_inputs(case.family, batch, case.length, 2, case.key_dim, case.value_dim, dtype=torch.float32)
     inputs = Inputs(*(tensor.to(case.dtype) for tensor in inputs[:3]), *inputs[3:])
@@ -73,6 +78,11 @@ def compare(case: Case, device: str = "cpu", backend: str = "triton") -> dict[st
     packed = {name: tensor.to(device) for name, tensor in packed.items()}
     with small_segments() if case.segmented else contextlib.nullcontext():
         actual = evaluate(chunkwise, on_device, state, backend=backend, **packed, **options)
+        if case.lengths is None:
+            normalize_k = options.get("normalize_qk", True)
+            alone = mesa_states(*on_device[1:5], initial_state=state, normalize_k=normalize_k, backend=backend)
+            actual |= {"states_h": alone.h, "states_g": alone.g}
+            expected |= {"states_h": expected["final_h"], "states_g": expected["final_g"]}
     return errors({name: tensor.cpu() for name, tensor in actual.items()}, expected)
 
 

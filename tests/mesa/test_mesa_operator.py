@@ -7,6 +7,8 @@ import pytest
 import torch
 from mesa_inputs import (
     CONVERGED,
+    FAMILIES,
+    FLOAT64_BOUND,
     Inputs,
     assert_close,
     chunkwise,
@@ -27,6 +29,7 @@ from modeling_mesanet.mesa import (
     mesa_chunkwise,
     mesa_decode,
     mesa_reference,
+    mesa_states,
     mesa_step,
     select_backend,
 )
@@ -115,6 +118,51 @@ class TestMatmulPrecision:
         assert_close(evaluate(chunkwise, inputs), oracle(inputs), float32_bound("scream"))
         assert relative_error(token_by_token(inputs)[0], mesa_reference(*inputs)[0]) < float32_bound("scream")
         assert torch.get_float32_matmul_precision() == matmul_precision
+
+
+class TestStates:
+    """`mesa_states`: the final states by themselves."""
+
+    @pytest.mark.parametrize("has_state", [False, True])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_against_the_oracle(self, family, has_state):
+        for dtype, bound in ((torch.float64, FLOAT64_BOUND), (torch.float32, float32_bound(family))):
+            inputs = make_inputs(family, dtype=dtype)
+            state = make_state(2, 2, 16, 12, dtype=dtype) if has_state else None
+            wide = None if state is None else (state.h.double(), state.g.double())
+            expected = MesaState(*mesa_reference(*inputs.to(torch.float64), initial_state=wide)[1])
+            found = mesa_states(*inputs[1:5], initial_state=state)
+            assert found.h.dtype == found.g.dtype == dtype
+            assert relative_error(found.h, expected.h) <= bound
+            assert relative_error(found.g, expected.g) <= bound
+
+    def test_keys_as_they_are(self):
+        inputs = make_inputs("normal")
+        _, expected, _ = mesa_attention(*inputs, max_steps=0, normalize_qk=False, output_final_state=True)
+        found = mesa_states(*inputs[1:5], normalize_k=False)
+        assert all(relative_error(*pair) <= FLOAT64_BOUND for pair in zip(found, expected, strict=True))
+
+    def test_no_tokens_leave_the_state_as_it_was(self):
+        inputs, state = make_inputs("normal").tokens(0, 0), make_state(2, 2, 16, 12)
+        found = mesa_states(*inputs[1:5], initial_state=state)
+        assert all(torch.equal(*pair) for pair in zip(found, state, strict=True))
+
+    def test_without_gradients_and_with_its_arguments_left_alone(self):
+        inputs, state = make_inputs("mixed"), make_state(2, 2, 16, 12)
+        given = [tensor.requires_grad_() for tensor in inputs[1:5]]
+        before = [tensor.detach().clone() for tensor in (*given, *state)]
+        found = mesa_states(*given, initial_state=state)
+        assert not any(tensor.requires_grad for tensor in found)
+        assert all(torch.equal(*pair) for pair in zip((*given, *state), before, strict=True))
+
+    def test_bad_arguments(self):
+        k, v, log_gamma, beta = make_inputs("normal")[1:5]
+        with pytest.raises(ValueError, match=r"k has shape .* it must be \[batch, time, heads, key size\]"):
+            mesa_states(k[0], v, log_gamma, beta)
+        with pytest.raises(ValueError, match=r"v has shape .*; with k of shape"):
+            mesa_states(k, v[:, 1:], log_gamma, beta)
+        with pytest.raises(ValueError, match=r"the state G has shape"):
+            mesa_states(k, v, log_gamma, beta, initial_state=make_state(2, 2, 16, 11))
 
 
 class TestArguments:
