@@ -382,10 +382,9 @@ def carry_states_kernel(
         segment, chunks_per_row, chunks_per_segment, segment_table, PACKED
     )
     if (PASS == SECOND_PASS) & (h_high is None):
-        # The sums of all segments, the last one's too, are the final state already.
-        if after != 0:
-            return
-        segment, before, count = segment + 1, before + 1, 0
+        # The sums of all segments, the last one's too, are the final state already; `after` tells who stores it. (A
+        # loop over no chunks at all, known to the compiler, is more than triton 3.6 can take.)
+        segment, before, count = segment + 1, tl.where(after == 0, before + 1, 0), tl.minimum(count, 0)
     if block < KP // BK:
         carry_columns(
             block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, parts_h,
