@@ -10,7 +10,6 @@ multiplies. Importing this needs triton.
 
 from .mesa_triton_helpers import locate_chunk as triton_locate_chunk
 from .mesa_triton_helpers import power_of_two as triton_power_of_two
-from .mesa_triton_helpers import split_half as triton_split_half
 from .mesa_triton_solver import DIRECTION_SCALE
 
 try:
@@ -27,7 +26,6 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 locate_chunk = gluon.jit(triton_locate_chunk.fn)
 power_of_two = gluon.jit(triton_power_of_two.fn)
-split_half = gluon.jit(triton_split_half.fn)
 
 
 @gluon.jit
@@ -35,6 +33,21 @@ def scale_rows(x):
     """As `mesa_triton_helpers.scale_rows`."""
     scale = power_of_two(gl.max(gl.abs(x), 1))
     return x * (1.0 / scale)[:, None], scale
+
+
+@gluon.jit
+def to_half(x):
+    """`x` in float16. The compiler's own conversion of two neighbours swaps them and then swaps them back."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def split_half(x):
+    """As `mesa_triton_helpers.split_half`."""
+    high = to_half(x)
+    return high, to_half(x - high.to(gl.float32))
 
 
 @gluon.jit
@@ -247,20 +260,19 @@ def solve_chunks_hopper_kernel(
     step = 0
     remaining = gl.max(active.to(gl.int32), 0)
     while (step < max_steps) & (remaining > 0):
-        # The product with H starts only when that with the keys is in its final form: registers are what is short, and
-        # the other program on this multiprocessor keeps the tensor cores busy.
         inner = gl.zeros([C, C], gl.float32, INNER)
         inner = hopper.warpgroup_mma(p, k.permute((1, 0)), inner, use_acc=False, is_async=True)
+        a = gl.zeros([C, K], gl.float32, KEY)
+        a = hopper.warpgroup_mma(p, h_top.permute((1, 0)), a, use_acc=False, is_async=True)
+        a = hopper.warpgroup_mma(p, h_rest.permute((1, 0)), a, is_async=True)
         slope = gl.sum(gl.convert_layout(p, KEY).to(gl.float32) * r, 1)
-        inner = hopper.warpgroup_mma_wait(0, deps=[inner])
+        # The tensor cores go on with H while the product with the keys is brought into its final form.
+        inner = hopper.warpgroup_mma_wait(2, deps=[inner])
         behind = key_exponent.load(gl.SliceLayout(0, INNER))
         causal = target[:, None] >= source[None, :]
         inner = gl.where(causal, inner * gl.exp2(ahead[:, None] - behind[None, :]), 0.0)
         top, rest = split_half(inner)
         top, rest = operand(top, KEY), operand(rest, KEY)
-        a = gl.zeros([C, K], gl.float32, KEY)
-        a = hopper.warpgroup_mma(p, h_top.permute((1, 0)), a, use_acc=False, is_async=True)
-        a = hopper.warpgroup_mma(p, h_rest.permute((1, 0)), a, is_async=True)
         a = hopper.warpgroup_mma_wait(0, deps=[a])
         direction = gl.convert_layout(p, KEY).to(gl.float32)
         regularizer = lambdas.load(gl.SliceLayout(0, KEY))
@@ -283,7 +295,7 @@ def solve_chunks_hopper_kernel(
         bound = gl.sqrt(rr) + ratio * size
         factor = 1.0 / power_of_two(bound) * DIRECTION_SCALE
         size = bound * factor
-        p = operand(((r + ratio[:, None] * direction) * factor[:, None]).to(gl.float16), KEY)
+        p = operand(to_half((r + ratio[:, None] * direction) * factor[:, None]), KEY)
         active = active & (rr > limit)
         step += 1
         remaining = gl.max(active.to(gl.int32), 0)
