@@ -126,8 +126,6 @@ def solve_chunks_hopper_kernel(
     VALUE_TERMS: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
-    BK: gl.constexpr,
-    BV: gl.constexpr,
 ):
     """Program chunk * heads + head; arguments as in `mesa_triton_solver.solve_chunks_kernel`, max_steps at least 1.
 
@@ -219,7 +217,7 @@ def solve_chunks_hopper_kernel(
         top, rest = split_half(inner)
         top, rest = operand(top, KEY), operand(rest, KEY)
         r = hopper.warpgroup_mma_wait(0, deps=[r])
-        r = r * (from_start * gl.load(g_scale + block * (V // BV)))[:, None]
+        r = r * (from_start * gl.load(g_scale + block))[:, None]
         given = gl.load(x + solutions).to(gl.float32) + gl.load(x_rest + solutions).to(gl.float32)
         given_unit = gl.load(x_unit + block * C + token)
         unit = gl.convert_layout(unit, ROW)
@@ -249,8 +247,7 @@ def solve_chunks_hopper_kernel(
     active = rr > limit
     p = operand((r * (1.0 / power_of_two(gl.sqrt(rr)) * DIRECTION_SCALE)[:, None]).to(gl.float16), KEY)
     size = gl.full([C], 2.0 * DIRECTION_SCALE, gl.float32, ROW)  # what the norm of p cannot exceed
-    # The blocks of one state share their scale.
-    state_unit = from_start * gl.load(h_scale + block * (K // BK))
+    state_unit = from_start * gl.load(h_scale + block)
     result = gl.allocate_shared_memory(gl.float32, [C, K], FLOATS)
     result.store(gl.zeros([C, K], gl.float32, KEY))
     count = gl.zeros([C], gl.int32, ROW)
@@ -352,7 +349,7 @@ def solve_chunks_hopper_kernel(
             operand(top, VALUE), operand(rest, VALUE), g_top, g_rest, gl.zeros([C, V], gl.float32, VALUE)
         )
         inner_unit = gl.convert_layout(inner_unit, gl.SliceLayout(1, VALUE))
-        start_unit = gl.convert_layout(from_start * gl.load(g_scale + block * (V // BV)), gl.SliceLayout(1, VALUE))
+        start_unit = gl.convert_layout(from_start * gl.load(g_scale + block), gl.SliceLayout(1, VALUE))
         output = output * (start_unit / inner_unit)[:, None]
         output = hopper.warpgroup_mma(operand(inner_top, VALUE), v, output, is_async=True)
         output = hopper.warpgroup_mma(operand(inner_rest, VALUE), v, output, is_async=True)

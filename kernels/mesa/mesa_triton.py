@@ -42,16 +42,27 @@ except ImportError:
 # Whether launches only compile their kernels: inside `compile_ahead`.
 ONLY_COMPILE = ContextVar("ONLY_COMPILE", default=False)
 
-# Long sequences are cut into segments whose states are summed up side by side, so that about so many programs run:
-# four for each multiprocessor of the largest GPUs. A segment has at least MIN_SEGMENT_CHUNKS chunks.
-SEGMENT_PROGRAMS = 528
+# Long sequences are cut into segments whose states are summed up side by side, of at least so many chunks.
 MIN_SEGMENT_CHUNKS = 8
 
 # Why the solve for Hopper could not be compiled or launched, if so; it is then not tried again.
 HOPPER_FAULTS: list[Exception] = []
 
-# Columns of a state that one program carries.
-STATE_COLUMNS = 64
+# Columns of G that the plain solve takes at once.
+VALUE_COLUMNS = 64
+
+
+class Carry(NamedTuple):
+    """How states are carried: columns of one that a program takes; about how many programs run; stages of loads."""
+
+    columns: int
+    programs: int
+    stages: int
+
+
+# Four programs for each multiprocessor of the largest GPUs. On Hopper, where there is shared memory for three chunks
+# of 16-bit keys and values, twice the columns halve how often keys are read, in a fifth less time (H200).
+CARRY, HOPPER_CARRY = Carry(64, 528, 1), Carry(128, 132, 3)
 
 
 class Pair(NamedTuple):
@@ -126,33 +137,49 @@ def padded(size: int) -> int:
 
 
 class Plan:
-    """How many chunks and segments there are, and where they begin; all from shapes, without reading the device.
+    """How many chunks there are, and where they begin; all from shapes, without reading the device.
 
     Packed sequences each begin a chunk of their own. How many chunks that makes is known on the device only, so the
-    plan has room for as many as there could be, and tables (`chunk_table` `[N, 2]`: first token and number of tokens,
-    0 for chunks that do not exist; `segment_table` `[segments, SEGMENT_COLUMNS]`).
+    plan has room for as many as there could be, and a table (`chunk_table` `[N, 2]`: first token and number of tokens,
+    0 for chunks that do not exist).
     """
 
-    def __init__(self, batch, length, heads, key_padded, value_padded, chunk_size, cu_seqlens):
-        self.length, self.packed = length, cu_seqlens is not None
+    def __init__(self, batch: int, length: int, chunk_size: int, cu_seqlens: torch.Tensor | None):
+        self.batch, self.length, self.packed = batch, length, cu_seqlens is not None
         self.sequences = cu_seqlens.shape[0] - 1 if self.packed else batch
         self.chunks_per_row = ceil_div(length, chunk_size)
         self.chunks = length // chunk_size + self.sequences if self.packed else batch * self.chunks_per_row
-        blocks = (key_padded + value_padded) // STATE_COLUMNS
-        self.chunks_per_segment = max(MIN_SEGMENT_CHUNKS, ceil_div(self.chunks * heads * blocks, SEGMENT_PROGRAMS))
-        longest = self.chunks if self.packed else self.chunks_per_row
-        self.segmented = self.chunks_per_segment < longest
-        self.chunk_table = self.segment_table = None
-        if not self.segmented:
-            self.chunks_per_segment = longest
-        self.segments_per_row = ceil_div(self.chunks_per_row, self.chunks_per_segment)
-        self.segments = batch * self.segments_per_row
+        self.chunk_table = self.chunk_bounds = None
         if self.packed:
-            chunk_bounds, chunks = cut(cu_seqlens.long(), chunk_size, self.chunks)
+            self.chunk_bounds, chunks = cut(cu_seqlens.long(), chunk_size, self.chunks)
             self.chunk_table = torch.stack([chunks.start, chunks.length], 1)
-            self.segments = self.sequences + (self.chunks // self.chunks_per_segment if self.segmented else 0)
+
+
+class Segments:
+    """Segments of the sequences of a plan, whose states are carried by programs of their own.
+
+    Those of packed sequences are known on the device only: `table` is `[count, SEGMENT_COLUMNS]`, with room for as
+    many as there could be.
+
+    Args:
+        plan: of the chunks.
+        blocks: programs for a segment.
+        programs: about how many there should be.
+    """
+
+    def __init__(self, plan: Plan, blocks: int, programs: int):
+        longest = plan.chunks if plan.packed else plan.chunks_per_row
+        self.chunks = max(MIN_SEGMENT_CHUNKS, ceil_div(plan.chunks * blocks, programs))
+        self.several = self.chunks < longest
+        if not self.several:
+            self.chunks = longest
+        self.table = None
+        if plan.packed:
+            self.count = plan.sequences + (plan.chunks // self.chunks if self.several else 0)
             # An empty sequence has a segment, too, which leaves its initial state as the final one.
-            self.segment_table = torch.stack(cut(chunk_bounds, self.chunks_per_segment, self.segments, least=1)[1], 1)
+            self.table = torch.stack(cut(plan.chunk_bounds, self.chunks, self.count, least=1)[1], 1)
+        else:
+            self.count = plan.batch * ceil_div(plan.chunks_per_row, self.chunks)
 
 
 class Pieces(NamedTuple):
@@ -201,7 +228,7 @@ class Layer:
         self.value_dim = v.shape[-1]
         self.key_padded, self.value_padded = padded(self.key_dim), padded(self.value_dim)
         self.chunk_size = chunk_size_of(self.key_dim)
-        self.plan = Plan(batch, length, self.heads, self.key_padded, self.value_padded, self.chunk_size, cu_seqlens)
+        self.plan = Plan(batch, length, self.chunk_size, cu_seqlens)
         self.terms = 2 if torch.float32 in (k.dtype, v.dtype) else 1
         self.sizes = {
             "C": self.chunk_size,
@@ -209,8 +236,6 @@ class Layer:
             "V": self.value_dim,
             "KP": self.key_padded,
             "VP": self.value_padded,
-            "BK": STATE_COLUMNS,
-            "BV": STATE_COLUMNS,
         }
 
     def empty(self, *shape, dtype=torch.float32):
@@ -222,7 +247,7 @@ class Layer:
         def pair(size: int) -> Pair:
             shape = (self.plan.chunks, self.heads)
             halves = self.empty(2, *shape, self.key_padded, size, dtype=torch.float16).unbind()
-            return Pair(*halves, self.empty(*shape, size // STATE_COLUMNS))
+            return Pair(*halves, self.empty(*shape))
 
         return pair(self.key_padded), pair(self.value_padded)
 
@@ -232,23 +257,42 @@ class Layer:
             self.empty(count, self.heads, self.key_dim, self.value_dim),
         )
 
-    def carry(self, run_pass, initial) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call `run_pass` over all segments with its number, and states by name; returns the final states."""
-        plan, final = self.plan, self.boundary_states(self.plan.sequences)
+    def carry(self, kernel, how: Carry, initial, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch `kernel` over all segments, once or twice, from `initial` states; returns the final ones."""
+        blocks = self.key_padded // how.columns + self.value_padded // how.columns
+        segments = Segments(self.plan, blocks * self.heads, how.programs)
+        final = self.boundary_states(self.plan.sequences)
+
+        def run_pass(number, **boundaries):
+            launch(
+                kernel,
+                (segments.count * self.heads, blocks),
+                **arguments,
+                **boundaries,
+                segment_table=segments.table,
+                heads=self.heads,
+                chunks_per_row=self.plan.chunks_per_row,
+                chunks_per_segment=segments.chunks,
+                HAS_INITIAL=boundaries["initial_h"] is not None,
+                PASS=number.value,
+                PACKED=self.plan.packed,
+                TERMS=self.terms,
+                BK=how.columns,
+                BV=how.columns,
+                num_warps=8,
+                num_stages=how.stages,
+                **self.sizes,
+            )
+
         ends = named("initial_h", "initial_g", values=initial) | named("final_h", "final_g", values=final)
-        if not plan.segmented:
+        if not segments.several:
             run_pass(SINGLE_PASS, **ends, **named("parts_h", "parts_g", values=None), segment_numbers=None)
             return final
-        sums = named("parts_h", "parts_g", values=self.boundary_states(plan.segments))
-        sums["segment_numbers"] = self.empty(plan.segments, self.heads, SEGMENT_NUMBERS.value)
+        sums = named("parts_h", "parts_g", values=self.boundary_states(segments.count))
+        sums["segment_numbers"] = self.empty(segments.count, self.heads, SEGMENT_NUMBERS.value)
         run_pass(FIRST_PASS, **dict.fromkeys(ends), **sums)
         run_pass(SECOND_PASS, **ends, **sums)
         return final
-
-    @property
-    def carry_grid(self) -> tuple[int, int]:
-        blocks = self.key_padded // self.sizes["BK"] + self.value_padded // self.sizes["BV"]
-        return self.plan.segments * self.heads, blocks
 
     @property
     def chunk_arguments(self) -> dict:
@@ -291,76 +335,54 @@ class Layer:
     ) -> tuple[Pair | None, Pair | None, tuple[torch.Tensor, torch.Tensor]]:
         """The states before every chunk (None if `only_final`), and the final states."""
         h, g = (None, None) if only_final else self.new_pairs()
+        how = self.carry_options()
+        final = self.carry(
+            carry_states_kernel,
+            how,
+            initial,
+            **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
+            **named("h_high", "h_low", "h_scale", values=h),
+            **named("g_high", "g_low", "g_scale", values=g),
+            STAGES=how.stages,
+        )
+        return h, g, final
 
-        def run_pass(number, **boundaries):
-            launch(
-                carry_states_kernel,
-                self.carry_grid,
-                **chunks.some("keys", "keys_rest", "values", "values_rest", "key_update", "value_update", "numbers"),
-                **boundaries,
-                **named("h_high", "h_low", "h_scale", values=h),
-                **named("g_high", "g_low", "g_scale", values=g),
-                segment_table=self.plan.segment_table,
-                heads=self.heads,
-                chunks_per_row=self.plan.chunks_per_row,
-                chunks_per_segment=self.plan.chunks_per_segment,
-                HAS_INITIAL=boundaries["initial_h"] is not None,
-                PASS=number.value,
-                PACKED=self.plan.packed,
-                TERMS=self.terms,
-                num_warps=8,
-                num_stages=1,
-                **self.sizes,
-            )
-
-        return h, g, self.carry(run_pass, initial)
+    def carry_options(self) -> Carry:
+        wide = {self.key_padded, self.value_padded} == {HOPPER_CARRY.columns}
+        return HOPPER_CARRY if is_hopper(self.k.device) and wide and self.terms == 1 else CARRY
 
     def adjoints(self, x: Rows, y: Rows, adjoints: Adjoints, h, g, chunks, initial):
         """The adjoint states after every chunk, their products with the states, and the initial states' gradients."""
         dh, dg = self.new_pairs()
         # One number for each row of every block of columns; where the blocks are no power of two, zeros follow.
-        blocks = self.carry_grid[1]
+        blocks = (self.key_padded + self.value_padded) // CARRY.columns
         crossings = round_to_power_of_two(blocks) * self.key_padded
         crossing = self.empty(self.plan.chunks, self.heads, crossings)
         if crossings > blocks * self.key_padded:
             crossing.zero_()
-
-        def run_pass(number, **boundaries):
-            launch(
-                carry_adjoints_kernel,
-                self.carry_grid,
-                x=x.top,
-                x_rest=x.rest,
-                y=y.top,
-                y_rest=y.rest,
-                grad_rows=adjoints.grad_rows,
-                grad_rows_rest=adjoints.grad_rows_rest,
-                update_h=adjoints.update_h,
-                update_g=adjoints.update_g,
-                numbers=chunks.numbers,
-                **boundaries,
-                **named("dh_high", "dh_low", "dh_scale", values=dh),
-                **named("dg_high", "dg_low", "dg_scale", values=dg),
-                **named("h_high", "h_low", "h_scale", values=h),
-                **named("g_high", "g_low", "g_scale", values=g),
-                crossing=crossing,
-                segment_table=self.plan.segment_table,
-                heads=self.heads,
-                chunks_per_row=self.plan.chunks_per_row,
-                chunks_per_segment=self.plan.chunks_per_segment,
-                HAS_INITIAL=boundaries["initial_h"] is not None,
-                PASS=number.value,
-                PACKED=self.plan.packed,
-                TERMS=self.terms,
-                CROSSINGS=crossings,
-                num_warps=8,
-                num_stages=1,
-                # Two programs a multiprocessor; the compiler's own choice leaves room for one.
-                maxnreg=128,
-                **self.sizes,
-            )
-
-        return dh, dg, crossing, self.carry(run_pass, initial)
+        final = self.carry(
+            carry_adjoints_kernel,
+            CARRY,
+            initial,
+            x=x.top,
+            x_rest=x.rest,
+            y=y.top,
+            y_rest=y.rest,
+            grad_rows=adjoints.grad_rows,
+            grad_rows_rest=adjoints.grad_rows_rest,
+            update_h=adjoints.update_h,
+            update_g=adjoints.update_g,
+            numbers=chunks.numbers,
+            **named("dh_high", "dh_low", "dh_scale", values=dh),
+            **named("dg_high", "dg_low", "dg_scale", values=dg),
+            **named("h_high", "h_low", "h_scale", values=h),
+            **named("g_high", "g_low", "g_scale", values=g),
+            crossing=crossing,
+            CROSSINGS=crossings,
+            # Two programs a multiprocessor; the compiler's own choice leaves room for one.
+            maxnreg=128,
+        )
+        return dh, dg, crossing, final
 
     def solve(
         self, b, lam, h, g, chunks, max_steps, tolerance, *, x: Rows | None = None, o=None, keep=True, stats=False
@@ -419,6 +441,7 @@ class Layer:
                 **arguments,
                 **chunks.some("keys_rest", "values_rest"),
                 **self.sizes,
+                BV=VALUE_COLUMNS,
                 scratch=scratch,
                 NORMALIZE=self.normalize,
                 SOLVE=max_steps > 0,
@@ -436,7 +459,7 @@ class Layer:
         kernel = hopper_kernel(self.k.device)
         if kernel is None or HOPPER_FAULTS:
             return False
-        sizes = {name: self.sizes[name] for name in ("K", "V", "BK", "BV")}
+        sizes = {name: self.sizes[name] for name in ("K", "V")}
         try:
             launch(
                 kernel,
@@ -479,8 +502,6 @@ class Layer:
             NORMALIZE=self.normalize,
             TERMS=self.terms,
             CROSSINGS=crossing.shape[-1],
-            SCALES_K=dh.scale.shape[-1],
-            SCALES_V=dg.scale.shape[-1],
             **self.chunk_arguments,
             **self.sizes | gradient_blocks(is_hopper(self.k.device), self.key_padded, self.terms),
         )
@@ -544,7 +565,8 @@ def gradient_blocks(hopper: bool, key_padded: int, terms: int) -> dict[str, int]
     256 in float32, neither the copies of a second stage would fit, nor blocks of tokens.
     """
     if hopper:
-        return {"TARGETS": chunk_size_of(key_padded), "num_warps": 4 if key_padded <= 128 else 8, "num_stages": 1}
+        warps = 4 if key_padded <= 128 else 8
+        return {"BK": 64, "BV": 64, "TARGETS": chunk_size_of(key_padded), "num_warps": warps, "num_stages": 1}
     if terms == 2 and key_padded > 128:
         return {"BK": 32, "BV": 32, "TARGETS": chunk_size_of(key_padded), "num_warps": 8, "num_stages": 1}
     return {"BK": 32, "BV": 32, "TARGETS": 16, "num_warps": 8 if key_padded > 64 else 4, "num_stages": 2}

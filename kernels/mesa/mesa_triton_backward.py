@@ -290,8 +290,6 @@ def gradients_kernel(
     V: tl.constexpr,
     KP: tl.constexpr,
     VP: tl.constexpr,
-    SCALES_K: tl.constexpr,
-    SCALES_V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     TARGETS: tl.constexpr,
@@ -305,7 +303,7 @@ def gradients_kernel(
         x, y: solutions as pairs `[N, H, C, KP]` and units `[N, H, C]`.
         keys, values, grad_rows: `[N, H, C, KP]` and `[N, H, C, VP]` with their units; key_factor makes of the keys
             those that the operator computes with.
-        dh, dg: adjoints of H and G after every chunk as pairs, with SCALES_K and SCALES_V scales each, all the same.
+        dh, dg: adjoints of H and G after every chunk as pairs.
         crossing: `[N, H, CROSSINGS]`, parts of `<dG, G> + <dH, H>` with the states before the chunk.
         from_earlier: `[N, H, C]`, `zeta_t0 (x_t . G e_t - y_t . H x_t)` with the states before the chunk.
         grad_lam: `[N, H, KP]`, a part for each chunk.
@@ -327,7 +325,7 @@ def gradients_kernel(
         grad_rows_rest += block * C * VP
     beta += row
     decay_whole, decay_fraction = decay_whole + block * C, decay_fraction + block * C
-    dg_high, dg_low, dg_scale = dg_high + block * KP * VP, dg_low + block * KP * VP, dg_scale + block * SCALES_V
+    dg_high, dg_low, dg_scale = dg_high + block * KP * VP, dg_low + block * KP * VP, dg_scale + block
     if tl.program_id(0) % 2 == 0:
         if TERMS == 2:
             values_rest += block * C * VP
@@ -335,7 +333,7 @@ def gradients_kernel(
             x, x_rest, x_unit, y, y_rest, y_unit, keys, keys_rest, key_unit + block * C, key_factor,
             values + block * C * VP, values_rest, value_unit + block * C, grad_rows, grad_rows_rest, grad_unit,
             beta, decay_whole, decay_fraction,
-            dh_high + block * KP * KP, dh_low + block * KP * KP, dh_scale + block * SCALES_K,
+            dh_high + block * KP * KP, dh_low + block * KP * KP, dh_scale + block,
             dg_high, dg_low, dg_scale, crossing + block * CROSSINGS, from_earlier + block * C,
             grad_k + row * K, grad_log_gamma + row, grad_beta + row, heads, count,
             NORMALIZE, SOLVED, TERMS, CROSSINGS, C, K, KP, VP, BK, BV, TARGETS,

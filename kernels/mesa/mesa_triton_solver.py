@@ -107,7 +107,6 @@ def solve_chunks_kernel(
     V: tl.constexpr,
     KP: tl.constexpr,
     VP: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
     BS: tl.constexpr,
 ):
@@ -141,7 +140,7 @@ def solve_chunks_kernel(
 
     key_offset = (block * C + s)[:, None] * KP + channel[None, :]
     k, k_rest = load_pair(keys, keys_rest, key_offset, TERMS)
-    state_scale = tl.load(h_scale + block * (KP // BK) + channel // BK)[None, :] * from_start[:, None]
+    state_scale = tl.load(h_scale + block) * from_start[:, None]
     regularizer = tl.load(lam + head * K + channel, mask=channel < K, other=1.0)[None, :]
     if RESIDENT:
         state_offset = channel[:, None] * KP + channel[None, :]
@@ -171,7 +170,7 @@ def solve_chunks_kernel(
             g_offset = channel[:, None] * VP + column[None, :]
             g, g_rest = load_pair(g_high, g_low, g_offset, 2)
             zeros = tl.zeros([R, KP], dtype=tl.float32)
-            scale = tl.load(g_scale + block * (VP // BV) + start // BV)
+            scale = tl.load(g_scale + block)
             earlier += dot_pairs(e, e_rest, tl.trans(g), tl.trans(g_rest), zeros, TERMS, 2) * scale
         earlier *= from_start[:, None]
         inner, inner_unit = scale_rows(inner * value_decay)
@@ -286,7 +285,7 @@ def solve_chunks_kernel(
             g, g_rest = load_pair(g_high, g_low, g_offset, 2)
             zeros = tl.zeros([R, BV], dtype=tl.float32)
             earlier = dot_pairs(top, rest, g, g_rest, zeros, 2, 2)
-            earlier *= (from_start * tl.load(g_scale + block * (VP // BV) + start // BV))[:, None]
+            earlier *= (from_start * tl.load(g_scale + block))[:, None]
             zeros = tl.zeros([R, BV], dtype=tl.float32)
             product = dot_pairs(inner, inner_rest, v, v_rest, zeros, 2, TERMS)
             output = (earlier + product * weight_unit[:, None]) * unit[:, None]

@@ -94,7 +94,7 @@ def store_halves(high, low, scale, state, bound, index, block, DP: tl.constexpr,
     top, rest = split_half(state * (1.0 / unit))
     tl.store(high + offset, top)
     tl.store(low + offset, rest)
-    tl.store(scale + index * (DP // BN) + block, unit)
+    tl.store(scale + index, unit)  # of all blocks the same
 
 
 @triton.jit
@@ -267,6 +267,30 @@ def end_segment(
 
 
 @triton.jit
+def carry_chunk(
+    state, bound, total, index, block, keys, keys_rest, others, others_rest, update, numbers, high, low, scale,
+    IS_KEY: tl.constexpr, PASS: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    KP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store columns `block` of a state before chunk and head `index`, and carry it over; its bound and decay, too."""
+    token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    row = index * C + token[:, None]
+    right, weight = load_right(others, others_rest, update, index, row * DP + column[None, :], token, C, TERMS)
+    decay = tl.load(numbers + index * CHUNK_NUMBERS + DECAY)
+    if IS_KEY:
+        unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_H)
+        growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_H)
+    else:
+        unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_G)
+        growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_G)
+    if (PASS != FIRST_PASS) & (high is not None):
+        store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
+    product = outer_products(keys, keys_rest, row * KP + channel[None, :], right * weight[:, None], TERMS)
+    # Not by the tensor cores' own accumulation, which rounds towards zero: over many chunks that adds up.
+    return state * decay + product * unit, bound * decay + growth, total * decay
+
+
+@triton.jit
 def carry_columns(
     block,
     keys,
@@ -294,6 +318,7 @@ def carry_columns(
     HAS_INITIAL: tl.constexpr,
     PASS: tl.constexpr,
     TERMS: tl.constexpr,
+    STAGES: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -301,33 +326,31 @@ def carry_columns(
     DP: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Carry columns `block` of H (IS_KEY, `others` = keys) or G (`others` = values) through one segment."""
-    token, channel, column = tl.arange(0, C), tl.arange(0, KP), block * BN + tl.arange(0, BN)
+    """Carry columns `block` of H (IS_KEY, `others` = keys) or G (`others` = values) through one segment.
+
+    With STAGES above 1, so many chunks less one are loaded ahead.
+    """
     state, bound = start_state(
         initial, parts, segment_numbers, segment, head, heads, sequence, before, block,
         IS_KEY, False, HAS_INITIAL, PASS, K, D, KP, DP, BN,
     )  # fmt: skip
     total = 1.0
-    i = 0
-    while i < count:
-        index = (first_chunk + i).to(tl.int64) * heads + head
-        row = index * C + token[:, None]
-        right, weight = load_right(others, others_rest, update, index, row * DP + column[None, :], token, C, TERMS)
-        decay = tl.load(numbers + index * CHUNK_NUMBERS + DECAY)
-        if IS_KEY:
-            unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_H)
-            growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_H)
-        else:
-            unit = tl.load(numbers + index * CHUNK_NUMBERS + UNIT_G)
-            growth = tl.load(numbers + index * CHUNK_NUMBERS + GROWTH_G)
-        if (PASS != FIRST_PASS) & (high is not None):
-            store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
-        product = outer_products(keys, keys_rest, row * KP + channel[None, :], right * weight[:, None], TERMS)
-        # Not by the tensor cores' own accumulation, which rounds towards zero: over many chunks that adds up.
-        state = state * decay + product * unit
-        bound = bound * decay + growth
-        total *= decay
-        i += 1
+    if STAGES > 1:
+        for i in tl.range(0, count, num_stages=STAGES):
+            index = (first_chunk + i).to(tl.int64) * heads + head
+            state, bound, total = carry_chunk(
+                state, bound, total, index, block, keys, keys_rest, others, others_rest, update, numbers,
+                high, low, scale, IS_KEY, PASS, TERMS, C, D, KP, DP, BN,
+            )  # fmt: skip
+    else:  # what Triton 3.6 can interpret
+        i = 0
+        while i < count:
+            index = (first_chunk + i).to(tl.int64) * heads + head
+            state, bound, total = carry_chunk(
+                state, bound, total, index, block, keys, keys_rest, others, others_rest, update, numbers,
+                high, low, scale, IS_KEY, PASS, TERMS, C, D, KP, DP, BN,
+            )  # fmt: skip
+            i += 1
     end_segment(
         state, bound, total, final, parts, segment_numbers, segment, head, heads, sequence, after, block,
         IS_KEY, PASS, K, D, KP, BN,
@@ -364,6 +387,7 @@ def carry_states_kernel(
     PASS: tl.constexpr,
     PACKED: tl.constexpr,
     TERMS: tl.constexpr,
+    STAGES: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -389,13 +413,13 @@ def carry_states_kernel(
         carry_columns(
             block, keys, keys_rest, keys, keys_rest, key_update, numbers, initial_h, final_h, parts_h,
             h_high, h_low, h_scale, segment_numbers, segment, head, heads, first, count, sequence, before, after,
-            True, HAS_INITIAL, PASS, TERMS, C, K, K, KP, KP, BK,
+            True, HAS_INITIAL, PASS, TERMS, STAGES, C, K, K, KP, KP, BK,
         )  # fmt: skip
     else:
         carry_columns(
             block - KP // BK, keys, keys_rest, values, values_rest, value_update, numbers, initial_g, final_g, parts_g,
             g_high, g_low, g_scale, segment_numbers, segment, head, heads, first, count, sequence, before, after,
-            False, HAS_INITIAL, PASS, TERMS, C, K, V, KP, VP, BV,
+            False, HAS_INITIAL, PASS, TERMS, STAGES, C, K, V, KP, VP, BV,
         )  # fmt: skip
 
 
@@ -458,7 +482,7 @@ def carry_adjoint_columns(
             store_halves(high, low, scale, state, bound, index, block, DP, KP, BN)
             offset = index * KP * DP + channel[:, None] * DP + column[None, :]
             earlier = tl.load(before_high + offset).to(tl.float32) + tl.load(before_low + offset).to(tl.float32)
-            products = tl.sum(earlier * state, 1) * tl.load(before_scale + index * (DP // BN) + block)
+            products = tl.sum(earlier * state, 1) * tl.load(before_scale + index)
             tl.store(crossing + index * CROSSINGS + channel, products)
         rows = rows * (weight * (1.0 / unit))[:, None]
         product = outer_products(left, left_rest, row * KP + channel[None, :], rows, 2)

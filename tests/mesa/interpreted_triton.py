@@ -91,7 +91,8 @@ def small_segments():
     """Cut sequences into segments of two or three chunks."""
     from modeling_mesanet.mesa import mesa_triton
 
-    with mock.patch.multiple(mesa_triton, MIN_SEGMENT_CHUNKS=2, SEGMENT_PROGRAMS=1 << 20):
+    wishes = {name: getattr(mesa_triton, name)._replace(programs=1 << 20) for name in ("CARRY", "HOPPER_CARRY")}
+    with mock.patch.multiple(mesa_triton, MIN_SEGMENT_CHUNKS=2, **wishes):
         yield
 
 
