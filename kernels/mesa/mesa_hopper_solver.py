@@ -112,6 +112,9 @@ def solve_chunks_hopper_kernel(
     from_earlier,
     steps,
     residual,
+    norm_weight,
+    norm_epsilon,
+    gate,
     chunk_table,
     heads,
     length,
@@ -130,7 +133,8 @@ def solve_chunks_hopper_kernel(
     """Program chunk * heads + head; arguments as in `mesa_triton_solver.solve_chunks_kernel`, max_steps at least 1.
 
     VALUE_TERMS = 2 reads out values in float16 pairs; keys, and all that BACKWARD reads or writes of a gradient, are
-    single float16 numbers.
+    single float16 numbers. With `norm_weight` `[V]`, and perhaps `gate` `[B, T, H, V]`, outputs are normalised (and
+    gated) as by `mesa_triton_layers.launch_head_norm`.
     """
     C: gl.constexpr = 64
     INNER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -359,6 +363,14 @@ def solve_chunks_hopper_kernel(
         output = output * (gl.convert_layout(unit, gl.SliceLayout(1, VALUE)) * inner_unit)[:, None]
         value_row = gl.convert_layout(row, gl.SliceLayout(1, VALUE))
         value_inside = gl.convert_layout(inside, gl.SliceLayout(1, VALUE))
-        gl.store(
-            o + value_row[:, None] * V + column[None, :], output.to(o.dtype.element_ty), mask=value_inside[:, None]
-        )
+        places = value_row[:, None] * V + column[None, :]
+        rounded = output.to(o.dtype.element_ty)
+        if norm_weight is not None:  # as `head_norm_kernel`
+            output = rounded.to(gl.float32)
+            rstd = gl.rsqrt(gl.sum(output * output, 1) / V + norm_epsilon)
+            output = output * rstd[:, None] * gl.load(norm_weight + column).to(gl.float32)[None, :]
+            if gate is not None:
+                opening = gl.load(gate + places, mask=value_inside[:, None], other=0.0).to(gl.float32)
+                output = output * (opening / (1.0 + gl.exp(-opening)))
+            rounded = output.to(o.dtype.element_ty)
+        gl.store(o + places, rounded, mask=value_inside[:, None])

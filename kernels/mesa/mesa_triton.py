@@ -22,6 +22,7 @@ from .mesa_library import NAMESPACE, OPERATORS
 from .mesa_solver import L2_NORM_EPS, residual_bound
 from .mesa_triton_backward import gradients_kernel
 from .mesa_triton_helpers import ceil_div, round_to_power_of_two
+from .mesa_triton_layers import write_head_norm
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
@@ -79,6 +80,14 @@ class Rows(NamedTuple):
     top: torch.Tensor
     rest: torch.Tensor
     unit: torch.Tensor
+
+
+class Norm(NamedTuple):
+    """The norm of outputs, as `mesa_triton_layers.launch_head_norm` takes it; `gate` may be None."""
+
+    weight: torch.Tensor
+    epsilon: float
+    gate: torch.Tensor | None
 
 
 class Adjoints(NamedTuple):
@@ -385,9 +394,22 @@ class Layer:
         return dh, dg, crossing, final
 
     def solve(
-        self, b, lam, h, g, chunks, max_steps, tolerance, *, x: Rows | None = None, o=None, keep=True, stats=False
+        self,
+        b,
+        lam,
+        h,
+        g,
+        chunks,
+        max_steps,
+        tolerance,
+        *,
+        x: Rows | None = None,
+        o=None,
+        keep=True,
+        stats=False,
+        norm: Norm | None = None,
     ) -> tuple[Rows | None, torch.Tensor | None, torch.Tensor | None, Adjoints | None]:
-        """Solve for every token: forward (writes `o`), or backward given `x`.
+        """Solve for every token: forward (writes `o`, normalised if there is a `norm`), or backward given `x`.
 
         Returns:
             The solutions (None unless `keep`), steps and residual (None unless `stats`), and what the backward pass
@@ -431,7 +453,8 @@ class Layer:
             **self.chunk_arguments,
         }
         blocks = self.plan.chunks * self.heads
-        if not (max_steps > 0 and self.fits_hopper(backward) and self.solve_on_hopper(blocks, arguments, chunks)):
+        solved = max_steps > 0 and self.fits_hopper(backward) and self.solve_on_hopper(blocks, arguments, chunks, norm)
+        if not solved:
             rows, resident, rows_of_slice = solve_blocks(shared_memory_of(self.k.device), self.key_padded, self.terms)
             # Directions pass through memory where H does not stay on chip.
             scratch = h.high if resident else self.empty(*shape, self.key_padded, dtype=torch.float16)
@@ -452,9 +475,11 @@ class Layer:
                 num_warps=4,
                 num_stages=2,
             )
+            if norm is not None:
+                write_head_norm(o, *norm, o)
         return solution, steps, residual, adjoints
 
-    def solve_on_hopper(self, blocks: int, arguments: dict, chunks: Chunks) -> bool:
+    def solve_on_hopper(self, blocks: int, arguments: dict, chunks: Chunks, norm: Norm | None) -> bool:
         """Launch the solve written for Hopper; False where there is none, or where it failed once."""
         kernel = hopper_kernel(self.k.device)
         if kernel is None or HOPPER_FAULTS:
@@ -466,6 +491,7 @@ class Layer:
                 (blocks,),
                 **arguments,
                 **sizes,
+                **named("norm_weight", "norm_epsilon", "gate", values=norm),
                 values_rest=chunks.values_rest,
                 VALUE_TERMS=self.terms,
                 num_warps=4,

@@ -674,15 +674,23 @@ def launch_head_norm(o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate
     Returns:
         As `o`, contiguous.
     """
-    size = o.shape[-1]
-    o, weight = o.contiguous(), weight.contiguous()
+    o = o.contiguous()
     y = torch.empty_like(o)
+    write_head_norm(o, weight, epsilon, gate, y)
+    return y
+
+
+def write_head_norm(
+    o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """`launch_head_norm` of a contiguous `o` into `y`, which may be `o` itself."""
+    size = o.shape[-1]
     rows = o.numel() // size
     tile, block, warps = norm_blocks(size)
     with torch.cuda.device_of(o):
         head_norm_kernel[(ceil_div(rows, tile),)](
             o=o,
-            weight=weight,
+            weight=weight.contiguous(),
             gate=None if gate is None else gate.contiguous(),
             y=y,
             epsilon=epsilon,
@@ -693,7 +701,6 @@ def launch_head_norm(o: torch.Tensor, weight: torch.Tensor, epsilon: float, gate
             BLOCK=block,
             num_warps=warps,
         )
-    return y
 
 
 head_norm_op = torch.library.custom_op(f"{NAMESPACE}::head_norm", launch_head_norm, mutates_args=())
