@@ -123,6 +123,14 @@ def load_window(x, state, first, length, time_stride, inside, W: tl.constexpr, H
 
 
 @triton.jit
+def store_last_inputs(x, state, new_state, length, time_stride, inside, W: tl.constexpr, HAS_STATE: tl.constexpr):
+    """The state that a row of `length` tokens leaves, at the channels whose pointers are given."""
+    for j in tl.static_range(W - 1):
+        value = load_input(x, state, length - (W - 1) + j, length, time_stride, inside, W, HAS_STATE)
+        tl.store(new_state + j, value.to(new_state.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def load_tokens(x, first, end, stride, inside, COUNT: tl.constexpr):
     """COUNT tokens from `first` on, zeros from `end` on, as a tuple: loaded together, none waits for another."""
     tokens = ()
@@ -203,9 +211,7 @@ def convolve_span(
         block += UNROLL
     if not PACKED:
         last = within(inside, program % spans, spans - 1, spans)
-        for j in tl.static_range(W - 1):
-            value = load_input(x, state, length - (W - 1) + j, length, time_stride, last, W, HAS_STATE)
-            tl.store(new_state + memory + j, value.to(new_state.dtype.element_ty), mask=last)
+        store_last_inputs(x, state, new_state + memory, length, time_stride, last, W, HAS_STATE)
 
 
 # The sequence length must not enter the compile key, nor recompile where a count is 1 or even.
@@ -428,6 +434,16 @@ def gate_logits(
     return index, inside, real, beta_in, gamma_in
 
 
+@triton.jit
+def open_gates(beta_in, gamma_in, bound_less_one, HAS_BOUND: tl.constexpr):
+    """Input strength and log forget strength, from the logits with their biases."""
+    strength = tl.sigmoid(beta_in)
+    log_forget = tl.minimum(gamma_in, 0.0) - log1p(tl.exp(-tl.abs(gamma_in)))
+    if HAS_BOUND:
+        log_forget += log1p(bound_less_one * strength * strength)
+    return strength, log_forget
+
+
 @triton.jit(do_not_specialize=["count"])
 def gates_kernel(
     beta_logit,
@@ -447,10 +463,7 @@ def gates_kernel(
     index, inside, real, beta_in, gamma_in = gate_logits(
         beta_logit, gamma_logit, beta_bias, gamma_bias, mask, count, H, HAS_MASK, BLOCK
     )
-    strength = tl.sigmoid(beta_in)
-    log_forget = tl.minimum(gamma_in, 0.0) - log1p(tl.exp(-tl.abs(gamma_in)))
-    if HAS_BOUND:
-        log_forget += log1p(bound_less_one * strength * strength)
+    strength, log_forget = open_gates(beta_in, gamma_in, bound_less_one, HAS_BOUND)
     tl.store(beta + index, tl.where(real, strength, 0.0), mask=inside)
     tl.store(log_gamma + index, tl.where(real, log_forget, 0.0), mask=inside)
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernel for what a prompt needs between the projections of a layer and the states, without gradients.
+
+The short convolutions of q, k and v, the gates, and what `prepare_chunks_kernel` makes of k, v and the gates: keys and
+values go from their projections straight to what the tensor cores read, and their convolutions are never written to
+memory. The kernel is bound by memory. Importing this needs triton; dimensions as in `mesa_triton_helpers`, W
+convolution width.
+"""
+
+from .mesa_triton_helpers import normalizer
+from .mesa_triton_layers import load_taps, open_gates, store_last_inputs
+from .mesa_triton_states import store_scaled, store_weights
+
+try:  # in a try block, so that an export of the model does not list triton as required
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+# Entries of a tile. A program walks through its chunk in tiles of few tokens, because it holds every tile W times,
+# shifted by a token each: so it needs few registers, and while it waits for loads, other programs compute.
+TILE = tl.constexpr(2048)
+
+
+@triton.jit
+def load_shifted(x, token, back, inside, time_stride):
+    """The inputs `back` tokens before those that `x` `[R, DP]` points to, zeros before the row's first; float32.
+
+    `token` `[R, 1]` are the numbers of the tokens in their row, `inside` says which of them and of the channels exist.
+    """
+    return tl.load(x - back * time_stride, mask=inside & (token >= back), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve_tile(x, state, taps, first, token, inside, time_stride, W: tl.constexpr):
+    """Convolution with SiLU of what `x` `[R, DP]` points to, rounded to its dtype, and then in float32.
+
+    Sums in the order of `convolve_span`, for the same numbers.
+
+    Args:
+        state: points to the channels `[1, DP]` of the last W - 1 inputs before the row's first; or None, for zeros.
+        taps: the weights, W times `[1, DP]`.
+        first: number of the first token in its row.
+        token, inside: as in `load_shifted`.
+    """
+    total = taps[W - 1] * load_shifted(x, token, 0, inside, time_stride)
+    for back in tl.static_range(1, W):
+        total += taps[W - 1 - back] * load_shifted(x, token, back, inside, time_stride)
+    if state is not None:
+        if first < W - 1:
+            for back in tl.static_range(1, W):
+                carried = tl.load(state + (token - back + W - 1), mask=inside & (token < back), other=0.0)
+                total += taps[W - 1 - back] * carried.to(tl.float32)
+    return (total * tl.sigmoid(total)).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def convolve_head(
+    x, state, weight, new_state, y, high, low, units, factors, row, head, heads, start, length, block, batch_stride,
+    time_stride, epsilon, TERMS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Convolve one input of one head's chunk, and store it in `y`; or, without `y`, as `prepare_chunks_kernel` does.
+
+    Args:
+        weight: None takes the input as it is.
+        factors: for what normalises the vectors, or None.
+        row, start: the chunk's row (int64), and the number of its first token there.
+        block: number of the chunk and head (int64).
+    """
+    R: tl.constexpr = TILE // DP if TILE // DP < C else C
+    channel, inner = tl.arange(0, DP), tl.arange(0, R)
+    x += row * batch_stride + head * D
+    if weight is not None:
+        taps = load_taps(weight, (head * D + channel)[None, :], (channel < D)[None, :], W)
+        memory = ((row * heads + head) * D + channel) * (W - 1)
+        carried = None
+        if state is not None:
+            carried = (state + memory)[None, :]
+    for i in range(0, C, R):
+        first = start + i
+        token = (first + inner)[:, None]
+        inside = (token < length) & (channel < D)[None, :]
+        here = x + first.to(tl.int64) * time_stride + inner[:, None] * time_stride + channel[None, :]
+        if weight is not None:
+            rows = convolve_tile(here, carried, taps, first, token, inside, time_stride, W)
+        else:
+            rows = load_shifted(here, token, 0, inside, time_stride)
+        if y is not None:
+            there = y + ((row * length + first) * heads + head) * D + inner[:, None] * heads * D + channel[None, :]
+            tl.store(there, rows.to(y.dtype.element_ty), mask=inside)
+        else:
+            vectors = block * C + i + inner
+            # Past the end of a row, the convolution still sees the tokens before it.
+            rows = tl.where(inside, rows, 0.0)
+            scaled, unit = store_scaled(rows, high, low, units, vectors, channel, DP, TERMS)
+            if factors is not None:
+                tl.store(factors + vectors, normalizer(scaled, unit, epsilon, True))
+    if weight is not None:
+        if start + C >= length:
+            x += channel
+            if state is not None:
+                state += memory
+            store_last_inputs(
+                x, state, new_state + memory, length, time_stride, channel < D, W, state is not None
+            )  # fmt: skip
+
+
+# Strides are multiples of 16 or not, which decides how wide loads are; the sizes of a prompt must not recompile.
+@triton.jit(do_not_specialize=["heads", "length", "chunks_per_row"])
+def convolve_chunks_kernel(
+    xs,
+    weights,
+    states,
+    new_states,
+    batch_strides,
+    time_strides,
+    beta_logit,
+    gamma_logit,
+    beta_bias,
+    gamma_bias,
+    q,
+    keys,
+    keys_rest,
+    values,
+    values_rest,
+    decay_whole,
+    decay_fraction,
+    key_unit,
+    key_factor,
+    key_weight,
+    value_unit,
+    value_weight,
+    key_update,
+    value_update,
+    numbers,
+    heads,
+    length,
+    chunks_per_row,
+    bound_less_one,
+    epsilon,
+    HAS_BOUND: tl.constexpr,
+    TERMS: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+):
+    """Program (chunk * heads + head, 0) convolves keys and values, program (chunk * heads + head, 1) the queries.
+
+    `xs` to `time_strides` are those of q, k and v; all of `weights`, `states` and `new_states` but the weights of q
+    and k may be None. Keys, values and numbers are those of `prepare_chunks_kernel`, with zeros for tokens that do not
+    exist.
+    """
+    program, head = tl.program_id(0), tl.program_id(0) % heads
+    chunk, block = program // heads, program.to(tl.int64)
+    row = chunk // chunks_per_row
+    start = (chunk - row * chunks_per_row) * C
+    row = row.to(tl.int64)
+    if tl.program_id(1) == 1:
+        convolve_head(
+            xs[0], states[0], weights[0], new_states[0], q, None, None, None, None, row, head, heads, start, length,
+            block, batch_strides[0], time_strides[0], epsilon, TERMS, W, C, K, KP,
+        )  # fmt: skip
+    else:
+        # Loaded first, to have arrived when they are needed.
+        token = start + tl.arange(0, C)
+        inside = token < length
+        gate = (row * length + token) * heads + head
+        beta_in = tl.load(beta_logit + gate, mask=inside, other=0.0)
+        gamma_in = tl.load(gamma_logit + gate, mask=inside, other=0.0)
+        beta_in += tl.load(beta_bias + head).to(tl.float32)
+        gamma_in += tl.load(gamma_bias + head).to(tl.float32)
+        convolve_head(
+            xs[1], states[1], weights[1], new_states[1], None, keys, keys_rest, key_unit, key_factor, row, head, heads,
+            start, length, block, batch_strides[1], time_strides[1], epsilon, TERMS, W, C, K, KP,
+        )  # fmt: skip
+        convolve_head(
+            xs[2], states[2], weights[2], new_states[2], None, values, values_rest, value_unit, None, row, head, heads,
+            start, length, block, batch_strides[2], time_strides[2], epsilon, TERMS, W, C, V, VP,
+        )  # fmt: skip
+        strength, log_forget = open_gates(beta_in, gamma_in, bound_less_one, HAS_BOUND)
+        strength, log_forget = tl.where(inside, strength, 0.0), tl.where(inside, log_forget, 0.0)
+        # What the tiles have left, one by one, is read again for the chunk as a whole.
+        tl.debug_barrier()
+        vectors = block * C + tl.arange(0, C)
+        rho, unit = tl.load(key_factor + vectors), tl.load(value_unit + vectors)
+        store_weights(
+            strength, log_forget, rho, unit, decay_whole, decay_fraction, key_weight, value_weight, key_update,
+            value_update, numbers, block, C,
+        )  # fmt: skip
