@@ -297,7 +297,7 @@ class Layer:
     def convolve(
         self, projections, weights, states, logits, biases, bound
     ) -> tuple[torch.Tensor, list[torch.Tensor], Chunks]:
-        """What `prepare` makes of convolved keys and values, from a layer's projections; arguments as `launch_prefill`.
+        """What `prepare` makes, of keys and values that are yet to be convolved; arguments as in `launch_prefill`.
 
         Returns:
             The convolved queries `[B, T, H, K]`, the new states of the convolutions, and the chunks.
@@ -705,7 +705,7 @@ def launch_prefill(
     Args:
         projections: of q and k `[B, T, H*K]` and v `[B, T, H*V]`, in bfloat16, float16 or float32, all in one.
         weights: of the convolutions of q, k and, if it has one, v, `[channels, W]`, W from 2 to 8.
-        conv_states: their last W - 1 inputs, `[B, channels, W - 1]` in the dtype of the projections; all None for zeros.
+        conv_states: their last W - 1 inputs, `[B, channels, W - 1]` in that dtype; all None for zeros.
         logits: of beta and gamma, float32 `[B, T, H]`, without their biases.
         biases: of beta and gamma, `[H]`.
         bound, max_steps, tolerance: as in `launch_gates` and `launch_chunkwise`.

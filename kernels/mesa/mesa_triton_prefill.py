@@ -8,7 +8,7 @@ convolution width.
 """
 
 from .mesa_triton_helpers import normalizer
-from .mesa_triton_layers import load_taps, open_gates, store_last_inputs
+from .mesa_triton_layers import load_taps, open_gates, store_last_inputs, within
 from .mesa_triton_states import store_scaled, store_weights
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -47,10 +47,11 @@ def convolve_tile(x, state, taps, first, token, inside, time_stride, W: tl.const
     for back in tl.static_range(1, W):
         total += taps[W - 1 - back] * load_shifted(x, token, back, inside, time_stride)
     if state is not None:
+        remembered = state + (token + W - 1)
         if first < W - 1:
             for back in tl.static_range(1, W):
-                carried = tl.load(state + (token - back + W - 1), mask=inside & (token < back), other=0.0)
-                total += taps[W - 1 - back] * carried.to(tl.float32)
+                value = tl.load(remembered - back, mask=inside & (token < back), other=0.0)
+                total += taps[W - 1 - back] * value.to(tl.float32)
     return (total * tl.sigmoid(total)).to(x.dtype.element_ty).to(tl.float32)
 
 
@@ -69,20 +70,20 @@ def convolve_head(
     """
     R: tl.constexpr = TILE // DP if TILE // DP < C else C
     channel, inner = tl.arange(0, DP), tl.arange(0, R)
+    exists = (channel < D)[None, :]
     x += row * batch_stride + head * D
     if weight is not None:
-        taps = load_taps(weight, (head * D + channel)[None, :], (channel < D)[None, :], W)
-        memory = ((row * heads + head) * D + channel) * (W - 1)
-        carried = None
+        taps = load_taps(weight, (head * D + channel)[None, :], exists, W)
+        memory = ((row * heads + head) * D + channel)[None, :] * (W - 1)
         if state is not None:
-            carried = (state + memory)[None, :]
+            state += memory
     for i in range(0, C, R):
         first = start + i
         token = (first + inner)[:, None]
-        inside = (token < length) & (channel < D)[None, :]
+        inside = (token < length) & exists
         here = x + first.to(tl.int64) * time_stride + inner[:, None] * time_stride + channel[None, :]
         if weight is not None:
-            rows = convolve_tile(here, carried, taps, first, token, inside, time_stride, W)
+            rows = convolve_tile(here, state, taps, first, token, inside, time_stride, W)
         else:
             rows = load_shifted(here, token, 0, inside, time_stride)
         if y is not None:
@@ -96,13 +97,10 @@ def convolve_head(
             if factors is not None:
                 tl.store(factors + vectors, normalizer(scaled, unit, epsilon, True))
     if weight is not None:
-        if start + C >= length:
-            x += channel
-            if state is not None:
-                state += memory
-            store_last_inputs(
-                x, state, new_state + memory, length, time_stride, channel < D, W, state is not None
-            )  # fmt: skip
+        last = within(exists, start, length - C, length)
+        store_last_inputs(
+            x + channel[None, :], state, new_state + memory, length, time_stride, last, W, state is not None
+        )
 
 
 # Strides are multiples of 16 or not, which decides how wide loads are; the sizes of a prompt must not recompile.
