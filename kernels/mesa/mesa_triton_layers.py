@@ -45,6 +45,14 @@ GATE_BLOCK = 512
 
 
 @triton.jit
+def silu(x):
+    """`x * sigmoid(x)`, to rounding, in half the instructions: a convolution has about as many around it."""
+    # 1 / (1 + e) as a square: a quotient of floats guards against denominators that cannot be.
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return x * root * root
+
+
+@triton.jit
 def silu_gradient(x):
     """The derivative of `x * sigmoid(x)`; no infinity times zero at either end."""
     s = tl.sigmoid(x)
@@ -204,7 +212,7 @@ def convolve_span(
             total = taps[W - 1] * current
             for back in tl.static_range(1, W):
                 total += taps[W - 1 - back] * visible(window[W - 1 - back], position, back, PACKED)
-            value = (total * tl.sigmoid(total)).to(y.dtype.element_ty)
+            value = silu(total).to(y.dtype.element_ty)
             tl.store(y + token.to(tl.int64) * CHANNELS, value, mask=within(inside, token, first, end))
             window = window[1:]
             window += (current,)

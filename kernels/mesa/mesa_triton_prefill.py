@@ -8,7 +8,7 @@ convolution width.
 """
 
 from .mesa_triton_helpers import normalizer
-from .mesa_triton_layers import load_taps, open_gates, store_last_inputs, within
+from .mesa_triton_layers import load_taps, open_gates, silu, store_last_inputs, within
 from .mesa_triton_states import store_scaled, store_weights
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -17,42 +17,27 @@ try:  # in a try block, so that an export of the model does not list triton as r
 except ImportError:
     raise
 
-# Entries of a tile. A program walks through its chunk in tiles of few tokens, because it holds every tile W times,
-# shifted by a token each: so it needs few registers, and while it waits for loads, other programs compute.
-TILE = tl.constexpr(2048)
+# A program walks through its chunk in ROWS_OF[size] rows side by side, of consecutive tokens each, and has loaded UNROLL
+# tokens of every row before it computes: a thread then reads 16 bytes of 16-bit inputs at a time, and every input once.
+TILE = tl.constexpr(1024)
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
-def load_shifted(x, token, back, inside, time_stride):
-    """The inputs `back` tokens before those that `x` `[R, DP]` points to, zeros before the row's first; float32.
-
-    `token` `[R, 1]` are the numbers of the tokens in their row, `inside` says which of them and of the channels exist.
-    """
-    return tl.load(x - back * time_stride, mask=inside & (token >= back), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def convolve_tile(x, state, taps, first, token, inside, time_stride, W: tl.constexpr):
-    """Convolution with SiLU of what `x` `[R, DP]` points to, rounded to its dtype, and then in float32.
-
-    Sums in the order of `convolve_span`, for the same numbers.
+def load_input_rows(x, state, token, start, length, exists, W: tl.constexpr):
+    """Inputs number `token` `[G, 1]` of a row of a batch, to which `x` `[G, DP]` points; zeros where there are none.
 
     Args:
-        state: points to the channels `[1, DP]` of the last W - 1 inputs before the row's first; or None, for zeros.
-        taps: the weights, W times `[1, DP]`.
-        first: number of the first token in its row.
-        token, inside: as in `load_shifted`.
+        state: points to the channels `[1, DP]` of the W - 1 inputs before the first; None reads no tokens before it.
+        start: number of the chunk's first token.
+        exists: which channels there are, `[1, DP]`.
     """
-    total = taps[W - 1] * load_shifted(x, token, 0, inside, time_stride)
-    for back in tl.static_range(1, W):
-        total += taps[W - 1 - back] * load_shifted(x, token, back, inside, time_stride)
+    value = tl.load(x, mask=exists & (token >= 0) & (token < length), other=0.0)
     if state is not None:
-        remembered = state + (token + W - 1)
-        if first < W - 1:
-            for back in tl.static_range(1, W):
-                value = tl.load(remembered - back, mask=inside & (token < back), other=0.0)
-                total += taps[W - 1 - back] * value.to(tl.float32)
-    return (total * tl.sigmoid(total)).to(x.dtype.element_ty).to(tl.float32)
+        before = exists & (token < 0)
+        if start == 0:
+            value = tl.where(before, tl.load(state + (token + W - 1), mask=before, other=0.0), value)
+    return value
 
 
 @triton.jit
@@ -62,40 +47,58 @@ def convolve_head(
 ):  # fmt: skip
     """Convolve one input of one head's chunk, and store it in `y`; or, without `y`, as `prepare_chunks_kernel` does.
 
+    Sums in the order of `convolve_span`, for the same numbers.
+
     Args:
         weight: None takes the input as it is.
         factors: for what normalises the vectors, or None.
         row, start: the chunk's row (int64), and the number of its first token there.
         block: number of the chunk and head (int64).
     """
-    R: tl.constexpr = TILE // DP if TILE // DP < C else C
-    channel, inner = tl.arange(0, DP), tl.arange(0, R)
-    exists = (channel < D)[None, :]
+    G: tl.constexpr = TILE // DP
+    WALK: tl.constexpr = C // G
+    STEP: tl.constexpr = UNROLL if UNROLL < WALK else WALK
+    channel, place = tl.arange(0, DP), tl.arange(0, G) * WALK
+    exists, token = (channel < D)[None, :], (start + place)[:, None]
     x += row * batch_stride + head * D
+    here = x + start.to(tl.int64) * time_stride + place[:, None] * time_stride + channel[None, :]
+    window = ()
     if weight is not None:
-        taps = load_taps(weight, (head * D + channel)[None, :], exists, W)
         memory = ((row * heads + head) * D + channel)[None, :] * (W - 1)
         if state is not None:
             state += memory
-    for i in range(0, C, R):
-        first = start + i
-        token = (first + inner)[:, None]
-        inside = (token < length) & exists
-        here = x + first.to(tl.int64) * time_stride + inner[:, None] * time_stride + channel[None, :]
-        if weight is not None:
-            rows = convolve_tile(here, state, taps, first, token, inside, time_stride, W)
-        else:
-            rows = load_shifted(here, token, 0, inside, time_stride)
-        if y is not None:
-            there = y + ((row * length + first) * heads + head) * D + inner[:, None] * heads * D + channel[None, :]
-            tl.store(there, rows.to(y.dtype.element_ty), mask=inside)
-        else:
-            vectors = block * C + i + inner
-            # Past the end of a row, the convolution still sees the tokens before it.
-            rows = tl.where(inside, rows, 0.0)
-            scaled, unit = store_scaled(rows, high, low, units, vectors, channel, DP, TERMS)
-            if factors is not None:
-                tl.store(factors + vectors, normalizer(scaled, unit, epsilon, True))
+        taps = load_taps(weight, (head * D + channel)[None, :], exists, W)
+        for j in tl.static_range(1 - W, 0):
+            window += (load_input_rows(here + j * time_stride, state, token + j, start, length, exists, W),)
+    for first in range(0, WALK, STEP):
+        inputs = ()
+        for j in tl.static_range(STEP):
+            inputs += (
+                load_input_rows(here + (first + j) * time_stride, None, token + (first + j), start, length, exists, W),
+            )
+        for j in tl.static_range(STEP):
+            step = first + j
+            rows = inputs[j].to(tl.float32)
+            if weight is not None:
+                total = taps[W - 1] * rows
+                for back in tl.static_range(1, W):
+                    total += taps[W - 1 - back] * window[W - 1 - back].to(tl.float32)
+                window = window[1:]
+                window += (inputs[j],)
+                rows = silu(total).to(x.dtype.element_ty).to(tl.float32)
+            inside = exists & (token + step < length)
+            if y is not None:
+                there = y + ((row * length + start + step) * heads + head) * D
+                there += place[:, None] * heads * D + channel[None, :]
+                tl.store(there, rows.to(y.dtype.element_ty), mask=inside)
+            else:
+                vectors = block * C + step + place
+                # Past the end of a row, the convolution still sees the tokens before it.
+                if start + C > length:
+                    rows = tl.where(inside, rows, 0.0)
+                scaled, unit = store_scaled(rows, high, low, units, vectors, channel, DP, TERMS)
+                if factors is not None:
+                    tl.store(factors + vectors, normalizer(scaled, unit, epsilon, True))
     if weight is not None:
         last = within(exists, start, length - C, length)
         store_last_inputs(
