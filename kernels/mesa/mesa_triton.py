@@ -328,7 +328,9 @@ class Layer:
             HAS_BOUND=bound is not None,
             TERMS=self.terms,
             W=width,
-            num_warps=4,
+            num_warps=1,
+            # 16 warps a multiprocessor; wide convolutions need more registers for their weights and inputs.
+            maxnreg=128 if width <= 4 else None,
             **self.chunk_sizes,
         )
         return q, new_states, chunks

@@ -8,7 +8,7 @@ convolution width.
 """
 
 from .mesa_triton_helpers import normalizer
-from .mesa_triton_layers import load_taps, open_gates, silu, store_last_inputs, within
+from .mesa_triton_layers import load_taps, open_gates, silu, store_last_inputs
 from .mesa_triton_states import store_scaled, store_weights
 
 try:  # in a try block, so that an export of the model does not list triton as required
@@ -17,9 +17,10 @@ try:  # in a try block, so that an export of the model does not list triton as r
 except ImportError:
     raise
 
-# A program walks through its chunk in ROWS_OF[size] rows side by side, of consecutive tokens each, and has loaded UNROLL
-# tokens of every row before it computes: a thread then reads 16 bytes of 16-bit inputs at a time, and every input once.
-TILE = tl.constexpr(1024)
+# A program is one warp: nothing waits at a barrier, and what precedes the first token is done once. It walks through
+# its chunk in tiles of TILE entries, 16 bytes of 16-bit inputs a thread, and has loaded UNROLL of them before it
+# computes.
+TILE = tl.constexpr(256)
 UNROLL = tl.constexpr(4)
 
 
@@ -37,7 +38,7 @@ def load_input_rows(x, state, token, start, length, exists, W: tl.constexpr):
         before = exists & (token < 0)
         if start == 0:
             value = tl.where(before, tl.load(state + (token + W - 1), mask=before, other=0.0), value)
-    return value
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -47,7 +48,8 @@ def convolve_head(
 ):  # fmt: skip
     """Convolve one input of one head's chunk, and store it in `y`; or, without `y`, as `prepare_chunks_kernel` does.
 
-    Sums in the order of `convolve_span`, for the same numbers.
+    The G rows of a tile are as many stretches of the chunk, side by side: a thread keeps the last W - 1 inputs of its
+    channels in registers, as in `convolve_span`, and sums in the same order, for the same numbers.
 
     Args:
         weight: None takes the input as it is.
@@ -56,9 +58,8 @@ def convolve_head(
         block: number of the chunk and head (int64).
     """
     G: tl.constexpr = TILE // DP
-    WALK: tl.constexpr = C // G
-    STEP: tl.constexpr = UNROLL if UNROLL < WALK else WALK
-    channel, place = tl.arange(0, DP), tl.arange(0, G) * WALK
+    STRETCH: tl.constexpr = C // G
+    channel, place = tl.arange(0, DP), tl.arange(0, G) * STRETCH
     exists, token = (channel < D)[None, :], (start + place)[:, None]
     x += row * batch_stride + head * D
     here = x + start.to(tl.int64) * time_stride + place[:, None] * time_stride + channel[None, :]
@@ -70,40 +71,36 @@ def convolve_head(
         taps = load_taps(weight, (head * D + channel)[None, :], exists, W)
         for j in tl.static_range(1 - W, 0):
             window += (load_input_rows(here + j * time_stride, state, token + j, start, length, exists, W),)
-    for first in range(0, WALK, STEP):
+    for first in range(0, STRETCH, UNROLL):
         inputs = ()
-        for j in tl.static_range(STEP):
-            inputs += (
-                load_input_rows(here + (first + j) * time_stride, None, token + (first + j), start, length, exists, W),
-            )
-        for j in tl.static_range(STEP):
+        for j in tl.static_range(UNROLL):
             step = first + j
-            rows = inputs[j].to(tl.float32)
+            inputs += (load_input_rows(here + step * time_stride, None, token + step, start, length, exists, W),)
+        for j in tl.static_range(UNROLL):
+            step, rows = first + j, inputs[j]
             if weight is not None:
                 total = taps[W - 1] * rows
                 for back in tl.static_range(1, W):
-                    total += taps[W - 1 - back] * window[W - 1 - back].to(tl.float32)
+                    total += taps[W - 1 - back] * window[W - 1 - back]
                 window = window[1:]
-                window += (inputs[j],)
+                window += (rows,)
                 rows = silu(total).to(x.dtype.element_ty).to(tl.float32)
-            inside = exists & (token + step < length)
             if y is not None:
+                inside = exists & (token + step < length)
                 there = y + ((row * length + start + step) * heads + head) * D
                 there += place[:, None] * heads * D + channel[None, :]
                 tl.store(there, rows.to(y.dtype.element_ty), mask=inside)
             else:
                 vectors = block * C + step + place
                 # Past the end of a row, the convolution still sees the tokens before it.
-                if start + C > length:
-                    rows = tl.where(inside, rows, 0.0)
+                rows = tl.where(token + step < length, rows, 0.0)
                 scaled, unit = store_scaled(rows, high, low, units, vectors, channel, DP, TERMS)
                 if factors is not None:
                     tl.store(factors + vectors, normalizer(scaled, unit, epsilon, True))
     if weight is not None:
-        last = within(exists, start, length - C, length)
-        store_last_inputs(
-            x + channel[None, :], state, new_state + memory, length, time_stride, last, W, state is not None
-        )
+        columns = x + channel[None, :]
+        if start + C >= length:
+            store_last_inputs(columns, state, new_state + memory, length, time_stride, exists, W, state is not None)
 
 
 # Strides are multiples of 16 or not, which decides how wide loads are; the sizes of a prompt must not recompile.
@@ -183,7 +180,7 @@ def convolve_chunks_kernel(
         )  # fmt: skip
         strength, log_forget = open_gates(beta_in, gamma_in, bound_less_one, HAS_BOUND)
         strength, log_forget = tl.where(inside, strength, 0.0), tl.where(inside, log_forget, 0.0)
-        # What the tiles have left, one by one, is read again for the chunk as a whole.
+        # What the tiles have left, token by token, is read again for the chunk as a whole.
         tl.debug_barrier()
         vectors = block * C + tl.arange(0, C)
         rho, unit = tl.load(key_factor + vectors), tl.load(value_unit + vectors)
