@@ -46,6 +46,8 @@ from .mesa import (
     mesa_step,
     norm_gated_linears,
     norm_linears,
+    prefill_layer,
+    prefills_layer,
     short_convolution,
     short_convolutions,
 )
@@ -305,7 +307,8 @@ class MesaNetMixer(nn.Module):
         Args:
             q, k, v, gate: `[B, T, H * K]` or `[B, T, H * V]`; `gate` is None without an output gate.
             beta_logit, gamma_logit: float32 `[B, T, H]`, without their biases.
-            plain: nobody watches or has replaced the convolutions, so that they may be computed together.
+            plain: nobody watches or has replaced the convolutions and the norm, so that they may be computed together
+                with what is between them.
         """
         cache: MesaNetCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         config, length = self.config, q.shape[1]
@@ -316,9 +319,15 @@ class MesaNetMixer(nn.Module):
         if in_place:
             cache.make_writable()
         state = None if cache is None else cache.recurrent_state()
+        stepping = in_place and state is not None
         # One launch would keep to itself what taking the token back needs.
-        if in_place and state is not None and not recording and self.decodes_in_one_launch(q):
+        if stepping and not recording and self.decodes_in_one_launch(q):
             return self.decode(q, k, v, gate, beta_logit, gamma_logit, attention_mask, cache, solver)
+        # Pads, packed sequences and a tape of what was consumed need the convolutions by themselves.
+        if plain and not stepping and not recording and attention_mask is None and cu_seqlens is None:
+            weights = [convolution.weight.squeeze(1) for convolution in self.convolutions]
+            if prefills_layer([q, k, v], weights, self.head_dim, self.value_head_dim, config.kernel_backend):
+                return self.prefill(q, k, v, gate, beta_logit, gamma_logit, weights, cache, solver)
         pads = None if attention_mask is None else PadOrder(attention_mask, config.conv_kernel_size - 1)
 
         conv_inputs = [q, k, v][: config.number_of_conv_states]
@@ -339,7 +348,7 @@ class MesaNetMixer(nn.Module):
             "output_stats": solver.output_stats,
             "backend": config.kernel_backend,
         }
-        if in_place and state is not None:
+        if stepping:
             output = mesa_step(*arguments, state, **options)
         else:
             output = mesa_attention(
@@ -357,6 +366,15 @@ class MesaNetMixer(nn.Module):
         stats = output.stats
         return o.flatten(2), None if stats is None else SolverStats(*(values.detach() for values in stats))
 
+    @property
+    def convolutions(self) -> list["MesaNetShortConvolution"]:
+        """Those of q, k and, where the layer has one, v."""
+        return [part for part in (self.q_conv, self.k_conv, self.v_conv) if part is not None]
+
+    def conv_states(self, cache: MesaNetCacheLayer | None) -> list[torch.Tensor | None]:
+        """What `cache` holds of the inputs of the layer's convolutions."""
+        return [None if cache is None else cache.conv_state(slot) for slot in range(self.config.number_of_conv_states)]
+
     def convolve(
         self,
         inputs: list[torch.Tensor],
@@ -369,8 +387,7 @@ class MesaNetMixer(nn.Module):
 
         `plain` as in `mix`.
         """
-        convolutions = [part for part in (self.q_conv, self.k_conv, self.v_conv) if part is not None]
-        states = [None if cache is None else cache.conv_state(slot) for slot in range(len(convolutions))]
+        convolutions, states = self.convolutions, self.conv_states(cache)
         if plain and pads is None:
             weights = [convolution.weight.squeeze(1) for convolution in convolutions]
             return short_convolutions(inputs, weights, states, cu_seqlens, self.config.kernel_backend)
@@ -379,6 +396,37 @@ class MesaNetMixer(nn.Module):
             for convolution, x, memory in zip(convolutions, inputs, states, strict=True)
         ]
         return [y for y, _ in pairs], [state for _, state in pairs]
+
+    def prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor | None,
+        beta_logit: torch.Tensor,
+        gamma_logit: torch.Tensor,
+        weights: list[torch.Tensor],
+        cache: MesaNetCacheLayer | None,
+        solver: Solver,
+    ) -> tuple[torch.Tensor, SolverStats | None]:
+        """`mix` of tokens without pads, in fewer launches; `weights` `[channels, W]` are those of the convolutions."""
+        o, conv_states, state, *stats = prefill_layer(
+            [q, k, v],
+            weights,
+            self.conv_states(cache),
+            (beta_logit, gamma_logit),
+            (self.beta_bias, self.gamma_bias),
+            self.config.forget_gate_bound,
+            self.regularizer(),
+            None if cache is None else cache.recurrent_state(),
+            solver.max_steps,
+            solver.tolerance,
+            solver.output_stats,
+            (self.o_norm.weight, self.o_norm.eps, gate),
+        )
+        if cache is not None:
+            cache.write(conv_states, state, q.shape[1])
+        return o.flatten(2), SolverStats(*stats) if solver.output_stats else None
 
     def remember(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache

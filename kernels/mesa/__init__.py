@@ -12,6 +12,8 @@ from .mesa_layers import (
     head_norm,
     norm_gated_linears,
     norm_linears,
+    prefill_layer,
+    prefills_layer,
     short_convolution,
     short_convolutions,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "mesa_step",
     "norm_gated_linears",
     "norm_linears",
+    "prefill_layer",
+    "prefills_layer",
     "requested_backend",
     "select_backend",
     "short_convolution",

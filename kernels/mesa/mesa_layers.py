@@ -88,13 +88,43 @@ def decodes_layer(
     if device.type == "cpu":
         # Not where Triton's interpreter was asked for.
         return dtype in NUMPY_DTYPES and select_backend(device, backend)[0] == "torch"
-    if device.type != "cuda" or dtype not in TRITON_DTYPES or width > WIDEST_CONVOLUTION:
-        return False
-    if not mesa_runs_in_triton(device, dtype, key_dim, value_dim, backend):
+    if not triton_takes_layer(device, dtype, key_dim, value_dim, width, backend):
         return False
     from .mesa_triton_decode import triton_decode_layer  # noqa: F401  (importing registers the operator)
 
     return True
+
+
+def triton_takes_layer(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, width: int, backend: str | None
+) -> bool:
+    """Whether all of a layer between its projections, with convolutions of this width, may run in Triton."""
+    if device.type != "cuda" or dtype not in TRITON_DTYPES or width > WIDEST_CONVOLUTION:
+        return False
+    return mesa_runs_in_triton(device, dtype, key_dim, value_dim, backend)
+
+
+def prefills_layer(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], key_dim: int, value_dim: int, backend: str | None = None
+) -> bool:
+    """Whether `prefill_layer` takes these projections and convolutions, without gradients and outside of compilers."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    x, width = xs[0], weights[0].shape[-1]
+    alike = all(other.dtype == x.dtype for other in xs) and all(weight.dtype in TRITON_DTYPES for weight in weights)
+    return alike and triton_takes_layer(x.device, x.dtype, key_dim, value_dim, width, backend)
+
+
+def prefill_layer(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], states: list[torch.Tensor | None], *arguments
+) -> tuple[
+    torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor], torch.Tensor | None, torch.Tensor | None
+]:
+    """`mesa_triton.launch_prefill`: several tokens, from the projections up to the output projection."""
+    from .mesa_triton import launch_prefill
+
+    states = [None if state is None else state.to(xs[0].dtype) for state in states]
+    return launch_prefill(xs, weights, states, *arguments)
 
 
 def fuses_linears(x: torch.Tensor, sizes: tuple[int, tuple[int, ...], int, int], backend: str | None = None) -> bool:

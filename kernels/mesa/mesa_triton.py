@@ -22,7 +22,8 @@ from .mesa_library import NAMESPACE, OPERATORS
 from .mesa_solver import L2_NORM_EPS, residual_bound
 from .mesa_triton_backward import gradients_kernel
 from .mesa_triton_helpers import ceil_div, round_to_power_of_two
-from .mesa_triton_layers import write_head_norm
+from .mesa_triton_layers import with_dense_channels, write_head_norm
+from .mesa_triton_prefill import convolve_chunks_kernel
 from .mesa_triton_solver import solve_chunks_kernel
 from .mesa_triton_states import (
     CHUNK_NUMBERS,
@@ -313,15 +314,21 @@ class Layer:
             "PACKED": self.plan.packed,
         }
 
-    def prepare(self) -> Chunks:
+    def new_chunks(self) -> Chunks:
         shape = (self.plan.chunks, self.heads, self.chunk_size)
         pairs = [
             [self.empty(*shape, size, dtype=torch.float16) if term < self.terms else None for term in range(2)]
             for size in (self.key_padded, self.value_padded)
         ]
         vectors = self.empty(9, *shape).unbind()
-        chunks = Chunks(*pairs[0], *pairs[1], *vectors, self.empty(*shape[:2], CHUNK_NUMBERS.value))
-        sizes = {name: self.sizes[name] for name in ("C", "K", "V", "KP", "VP")}
+        return Chunks(*pairs[0], *pairs[1], *vectors, self.empty(*shape[:2], CHUNK_NUMBERS.value))
+
+    @property
+    def chunk_sizes(self) -> dict[str, int]:
+        return {name: self.sizes[name] for name in ("C", "K", "V", "KP", "VP")}
+
+    def prepare(self) -> Chunks:
+        chunks = self.new_chunks()
         launch(
             prepare_chunks_kernel,
             (self.plan.chunks * self.heads,),
@@ -335,9 +342,50 @@ class Layer:
             TERMS=self.terms,
             num_warps=4,
             **self.chunk_arguments,
-            **sizes,
+            **self.chunk_sizes,
         )
         return chunks
+
+    def convolve(
+        self, projections, weights, states, logits, biases, bound
+    ) -> tuple[torch.Tensor, list[torch.Tensor], Chunks]:
+        """What `prepare` makes, of keys and values that are yet to be convolved; arguments as in `launch_prefill`.
+
+        Returns:
+            The convolved queries `[B, T, H, K]`, the new states of the convolutions, and the chunks.
+        """
+        chunks, (batch, length) = self.new_chunks(), self.k.shape[:2]
+        q = torch.empty_like(self.k, memory_format=torch.contiguous_format)
+        width, count = weights[0].shape[-1], len(weights)
+        new_states = [x.new_empty(batch, x.shape[2], width - 1) for x in projections[:count]]
+        missing = (None,) * (3 - count)
+        launch(
+            convolve_chunks_kernel,
+            (self.plan.chunks * self.heads, 2),
+            xs=tuple(projections),
+            weights=(*(weight.contiguous() for weight in weights), *missing),
+            states=(*(None if state is None else state.contiguous() for state in states), *missing),
+            new_states=(*new_states, *missing),
+            batch_strides=tuple(x.stride(0) for x in projections),
+            time_strides=tuple(x.stride(1) for x in projections),
+            **named("beta_logit", "gamma_logit", values=tuple(logit.contiguous() for logit in logits)),
+            **named("beta_bias", "gamma_bias", values=tuple(bias.contiguous() for bias in biases)),
+            q=q,
+            **chunks._asdict(),
+            heads=self.heads,
+            length=length,
+            chunks_per_row=self.plan.chunks_per_row,
+            bound_less_one=0.0 if bound is None else bound - 1,
+            epsilon=L2_NORM_EPS,
+            HAS_BOUND=bound is not None,
+            TERMS=self.terms,
+            W=width,
+            num_warps=1,
+            # 16 warps a multiprocessor; wide convolutions need more registers for their weights and inputs.
+            maxnreg=128 if width <= 4 else None,
+            **self.chunk_sizes,
+        )
+        return q, new_states, chunks
 
     def states(
         self, chunks: Chunks, initial, only_final: bool = False
@@ -682,6 +730,69 @@ def launch_states(
         initial = None if initial_h is None else (initial_h, initial_g)
         *_, final = layer.states(layer.prepare(), initial, only_final=True)
         return final
+
+
+def launch_prefill(
+    projections: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    conv_states: list[torch.Tensor | None],
+    logits: tuple[torch.Tensor, torch.Tensor],
+    biases: tuple[torch.Tensor, torch.Tensor],
+    bound: float | None,
+    lam: torch.Tensor,
+    initial: tuple[torch.Tensor, torch.Tensor] | None,
+    max_steps: int,
+    tolerance: float | None,
+    output_stats: bool,
+    norm: tuple[torch.Tensor, float, torch.Tensor | None],
+) -> tuple[
+    torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor], torch.Tensor | None, torch.Tensor | None
+]:
+    """A prompt's tokens between the projections of a layer, without gradients.
+
+    The numbers are those of `launch_short_convolutions`, `launch_gates`, `launch_chunkwise` and `launch_head_norm`,
+    one after the other.
+
+    Args:
+        projections: of q and k `[B, T, H*K]` and v `[B, T, H*V]`, in bfloat16, float16 or float32, all in one.
+        weights: of the convolutions of q, k and, if it has one, v, `[channels, W]`, W from 2 to 8.
+        conv_states: their last W - 1 inputs, `[B, channels, W - 1]` in that dtype; all None for zeros.
+        logits: of beta and gamma, float32 `[B, T, H]`, without their biases.
+        biases: of beta and gamma, `[H]`.
+        bound, max_steps, tolerance: as in `launch_gates` and `launch_chunkwise`.
+        lam: float32 `[H, K]`.
+        initial: states H and G as in `launch_chunkwise`, or None.
+        output_stats: also return steps and residual.
+        norm: weight, epsilon and gate (`[B, T, H, V]` or None) of the outputs' norm.
+
+    Returns:
+        Normalised o `[B, T, H, V]`, new states of the convolutions, final H and G, steps and residual (or None).
+    """
+    heads = logits[0].shape[-1]
+    # Triton launches on the current device, which may be another one.
+    with torch.cuda.device_of(lam):
+        projections = [with_dense_channels(x) for x in projections]
+        _, k, v = (x.unflatten(-1, (heads, -1)) for x in projections)
+        layer = Layer(k, v, None, None, None, True)
+        q, conv_states, chunks = layer.convolve(projections, weights, conv_states, logits, biases, bound)
+        if initial is not None:
+            initial = tuple(state.contiguous() for state in initial)
+        h, g, final = layer.states(chunks, initial)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        _, steps, residual, _ = layer.solve(
+            q,
+            lam.contiguous(),
+            h,
+            g,
+            chunks,
+            max_steps,
+            tolerance,
+            o=o,
+            keep=False,
+            stats=output_stats,
+            norm=Norm(*norm),
+        )
+        return o, conv_states, final, steps, residual
 
 
 @torch.library.custom_op(f"{NAMESPACE}::triton_chunkwise", mutates_args=())

@@ -108,6 +108,57 @@ def chunk_unit(x):
     return power_of_two(tl.max(tl.abs(x), 0))
 
 
+@triton.jit
+def store_scaled(rows, high, low, units, vectors, column, DP: tl.constexpr, TERMS: tl.constexpr):
+    """Store float32 `rows` `[R, DP]` as vectors number `vectors` `[R]`: one or two float16 terms, and their `units`.
+
+    Returns:
+        What was stored, in float32, and the units `[R]`, the powers of two that the rows were divided by.
+    """
+    scaled, unit = scale_rows(rows)
+    top, rest = split_half(scaled)
+    offset = vectors[:, None] * DP + column[None, :]
+    tl.store(high + offset, top)
+    if TERMS == 2:
+        tl.store(low + offset, rest)
+    tl.store(units + vectors, unit)
+    return scaled, unit
+
+
+@triton.jit
+def store_weights(
+    strength, log_forget, rho, value_unit, decay_whole, decay_fraction, key_weight, value_weight, key_update,
+    value_update, numbers, block, C: tl.constexpr,
+):  # fmt: skip
+    """Store what the gates of a chunk come to, from beta and the log of gamma, 0 for tokens that do not exist.
+
+    Args:
+        strength, log_forget, rho, value_unit: `[C]`; the gates, what normalises the stored keys, the values' unit.
+        block: number of the chunk and head, chunk * heads + head (int64).
+    """
+    vectors = block * C + tl.arange(0, C)
+    whole, fraction = decay_exponents(log_forget)
+    tl.store(decay_whole + vectors, whole)
+    tl.store(decay_fraction + vectors, fraction)
+    tl.store(key_weight + vectors, strength * rho * rho)
+    tl.store(value_weight + vectors, strength * rho)
+    to_end, across = decay_to_end(whole, fraction, C)
+    to_end *= strength * rho
+    numbers += block * CHUNK_NUMBERS
+    tl.store(numbers + DECAY, tl.exp2(across))
+    # Rows of keys and values have entries of up to 2.
+    update = to_end * rho
+    unit_h = chunk_unit(update)
+    tl.store(key_update + vectors, update * (1.0 / unit_h))
+    tl.store(numbers + UNIT_H, unit_h)
+    tl.store(numbers + GROWTH_H, 4.0 * tl.sum(tl.abs(update), 0))
+    update = to_end * value_unit
+    unit_g = chunk_unit(update)
+    tl.store(value_update + vectors, update * (1.0 / unit_g))
+    tl.store(numbers + UNIT_G, unit_g)
+    tl.store(numbers + GROWTH_G, 4.0 * tl.sum(tl.abs(update), 0))
+
+
 @triton.jit(do_not_specialize=["heads", "length", "chunks_per_row"])
 def prepare_chunks_kernel(
     k,
@@ -149,42 +200,18 @@ def prepare_chunks_kernel(
     inside = token < tokens
     row = (first + token) * heads + head
     vectors = block * C + token
-    scaled, unit = scale_rows(load_rows(k, row, inside, channel, K))
-    top, rest = split_half(scaled)
-    tl.store(keys + vectors[:, None] * KP + channel[None, :], top)
-    if TERMS == 2:
-        tl.store(keys_rest + vectors[:, None] * KP + channel[None, :], rest)
+    rows = load_rows(k, row, inside, channel, K)
+    scaled, unit = store_scaled(rows, keys, keys_rest, key_unit, vectors, channel, KP, TERMS)
     rho = normalizer(scaled, unit, epsilon, NORMALIZE)
-    tl.store(key_unit + vectors, unit)
     tl.store(key_factor + vectors, rho)
-    scaled, unit = scale_rows(load_rows(v, row, inside, column, V))
-    top, rest = split_half(scaled)
-    tl.store(values + vectors[:, None] * VP + column[None, :], top)
-    if TERMS == 2:
-        tl.store(values_rest + vectors[:, None] * VP + column[None, :], rest)
-    tl.store(value_unit + vectors, unit)
-
+    rows = load_rows(v, row, inside, column, V)
+    _, unit = store_scaled(rows, values, values_rest, value_unit, vectors, column, VP, TERMS)
     strength = tl.load(beta + row, mask=inside, other=0.0)
-    whole, fraction = decay_exponents(tl.load(log_gamma + row, mask=inside, other=0.0))
-    tl.store(decay_whole + vectors, whole)
-    tl.store(decay_fraction + vectors, fraction)
-    tl.store(key_weight + vectors, strength * rho * rho)
-    tl.store(value_weight + vectors, strength * rho)
-    to_end, across = decay_to_end(whole, fraction, C)
-    to_end *= strength * rho
-    numbers += block * CHUNK_NUMBERS
-    tl.store(numbers + DECAY, tl.exp2(across))
-    # Rows of keys and values have entries of up to 2.
-    update = to_end * rho
-    unit_h = chunk_unit(update)
-    tl.store(key_update + vectors, update * (1.0 / unit_h))
-    tl.store(numbers + UNIT_H, unit_h)
-    tl.store(numbers + GROWTH_H, 4.0 * tl.sum(tl.abs(update), 0))
-    update = to_end * unit
-    unit_g = chunk_unit(update)
-    tl.store(value_update + vectors, update * (1.0 / unit_g))
-    tl.store(numbers + UNIT_G, unit_g)
-    tl.store(numbers + GROWTH_G, 4.0 * tl.sum(tl.abs(update), 0))
+    log_forget = tl.load(log_gamma + row, mask=inside, other=0.0)
+    store_weights(
+        strength, log_forget, rho, unit, decay_whole, decay_fraction, key_weight, value_weight, key_update,
+        value_update, numbers, block, C,
+    )  # fmt: skip
 
 
 @triton.jit
