@@ -270,7 +270,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "does not compile" not in run.stdout, run.stderr[-2000:]
     operator = ("solve_chunks, backward", "solve_chunks_hopper, backward", "gradients", "decode")
-    convolutions = ("short_convolution, packed", "short_convolution_backward")
+    convolutions = ("short_convolution, packed", "short_convolution_backward", "convolve_chunks")
     linears = ("norm_linears", "add_linear", "norm_gated_linears", "norm_row", "norm_tile", "gate_rows")
     for kernel in (*operator, *convolutions, *linears, "head_norm_backward", "gates", "decode_gluon, layer"):
         assert f"| {kernel} | 64 |" in run.stdout

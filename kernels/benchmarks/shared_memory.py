@@ -103,7 +103,7 @@ def record(capability: int, size: int, dtype: torch.dtype) -> list[Launch]:
 
 def record_surroundings(size: int, dtype: torch.dtype) -> list[Launch]:
     """What a layer launches around its operator, each kernel once: forward, backward, without gradients, one token."""
-    from modeling_mesanet.mesa import mesa_triton_decode, mesa_triton_layers, mesa_triton_linear
+    from modeling_mesanet.mesa import mesa_triton, mesa_triton_decode, mesa_triton_layers, mesa_triton_linear
     from modeling_mesanet.mesa.mesa_layers import MANY_ROWS
 
     launches: list[Launch] = []
@@ -135,6 +135,10 @@ def record_surroundings(size: int, dtype: torch.dtype) -> list[Launch]:
         gates = (*logits, *biases, 0.99, torch.ones(1, 64, dtype=torch.bool))
         mesa_triton_layers.launch_gates(*gates)
         mesa_triton_layers.gates_backward_op(*logits, *gates)
+        prefill = Recorder(mesa_triton.convolve_chunks_kernel, launches)
+        stack.enter_context(mock.patch.object(mesa_triton, "convolve_chunks_kernel", prefill))
+        layer = mesa_triton.Layer(heads, heads, None, None, None, True)
+        layer.convolve([x] * 3, [taps] * 3, [state] * 3, logits, biases, 0.99)
 
         square, few, narrow = zeros(hidden, hidden), zeros(8, 1, hidden), [zeros(HEADS, hidden)] * 2
         projections = [square] * 4 + narrow
