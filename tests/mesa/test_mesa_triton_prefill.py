@@ -44,10 +44,12 @@ class Case(NamedTuple):
     convolved_value: bool = True
     bound: float | None = 0.99
     view: bool = False
+    gated: bool = False
 
 
 CASES = {
     "bfloat16": Case(),
+    "output gate": Case(1, gated=True),
     "float16, no state": Case(1, dtype=FLOAT16, has_state=False),
     "float32": Case(1, 20, dtype=FLOAT32),
     "one token": Case(length=1, has_state=False),
@@ -65,7 +67,7 @@ HEADS = 2
 def run_both(case, device, limits=(2, None)):
     """What a prompt's kernel gives, and what the kernels of its parts do: o, states, statistics, by name."""
     from modeling_mesanet.mesa.mesa_triton import launch_chunkwise, launch_prefill
-    from modeling_mesanet.mesa.mesa_triton_layers import launch_gates, launch_short_convolution
+    from modeling_mesanet.mesa.mesa_triton_layers import launch_gates, launch_head_norm, launch_short_convolution
 
     generator = torch.Generator().manual_seed(0)
 
@@ -89,7 +91,10 @@ def run_both(case, device, limits=(2, None)):
     biases = [normal(HEADS) for _ in range(2)]
     lam = normal(HEADS, case.key_dim).exp()
 
-    ours = launch_prefill(xs, weights, states, logits, biases, case.bound, lam, initial, *limits, True)
+    gate = normal(batch, length, HEADS, case.value_dim, dtype=case.dtype) if case.gated else None
+    norm = normal(case.value_dim, dtype=case.weight_dtype or case.dtype), 1e-6, gate
+
+    ours = launch_prefill(xs, weights, states, logits, biases, case.bound, lam, initial, *limits, True, norm)
     o, new_states, final, steps, residual = ours
     computed = [o, *new_states, *final, steps, residual]
     pairs = [launch_short_convolution(*each, None) for each in zip(xs, weights, states, strict=False)]
@@ -100,7 +105,7 @@ def run_both(case, device, limits=(2, None)):
     o, final_h, final_g, steps, residual, _ = launch_chunkwise(
         q, k, v, log_gamma, beta, lam, h, g, None, *limits, True, False, True
     )
-    expected = [o, *(state for _, state in pairs), final_h, final_g, steps, residual]
+    expected = [launch_head_norm(o, *norm), *(state for _, state in pairs), final_h, final_g, steps, residual]
     names = ["o", *(f"conv_state_{i}" for i in range(len(pairs))), "h", "g", "steps", "residual"]
     return {name: pair for name, *pair in zip(names, computed, expected, strict=True)}
 
@@ -229,8 +234,8 @@ class TestOnGPU:
     pytestmark = gpu
 
     LARGE = {
-        "heads of 128": Case(2, 1000, 128, 128),
-        "heads of 64": Case(1, 2049, 64, 64, dtype=FLOAT16),
+        "heads of 128": Case(2, 1000, 128, 128, gated=True),
+        "heads of 64": Case(1, 2049, 64, 64, dtype=FLOAT16, gated=True),
         "float32, heads of 128": Case(1, 300, 128, 128, dtype=FLOAT32),
         "heads of 256": Case(1, 300, 256, 256),
         "segments": Case(1, 4000, 128, 128, convolved_value=False),
