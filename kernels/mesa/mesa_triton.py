@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chunkwise Mesa layer on Triton kernels: launches, and their registration as torch operators with gradients.
 
-Forward: states at chunk boundaries (`mesa_triton_states`), then the solve and the read-out of every chunk
-(`mesa_triton_solver`, or `mesa_hopper_solver` on Hopper GPUs). Backward: the states again, the second solve, the
-adjoint states from the last chunk to the first, and the gradients of every chunk (`mesa_triton_backward`). Importing
-this needs triton.
+Forward: states at chunk boundaries (`mesa_triton_states`, or from a layer's projections on `mesa_triton_prefill`),
+then the solve and the read-out of every chunk (`mesa_triton_solver`, or `mesa_hopper_solver` on Hopper GPUs).
+Backward: the states again, the second solve, the adjoint states from the last chunk to the first, and the gradients of
+every chunk (`mesa_triton_backward`). Importing this needs triton.
 
 Dimensions: B batch, S sequences, T tokens, H heads, K key size, V value size, C chunk size, N chunks; KP and VP are K
 and V rounded up to a power of two of at least 64.
@@ -773,7 +773,7 @@ def launch_prefill(
     with torch.cuda.device_of(lam):
         projections = [with_dense_channels(x) for x in projections]
         _, k, v = (x.unflatten(-1, (heads, -1)) for x in projections)
-        layer = Layer(k, v, None, None, None, True)
+        layer = Layer(k, v, None, None, None, True)  # of keys and values yet to be convolved: their sizes count
         q, conv_states, chunks = layer.convolve(projections, weights, conv_states, logits, biases, bound)
         if initial is not None:
             initial = tuple(state.contiguous() for state in initial)

@@ -3,8 +3,7 @@
 
 The short convolutions of q, k and v, the gates, and what `prepare_chunks_kernel` makes of k, v and the gates: keys and
 values go from their projections straight to what the tensor cores read, and their convolutions are never written to
-memory. The kernel is bound by memory. Importing this needs triton; dimensions as in `mesa_triton_helpers`, W
-convolution width.
+memory. Importing this needs triton; dimensions as in `mesa_triton_helpers`, W convolution width.
 """
 
 from .mesa_triton_helpers import normalizer
@@ -168,8 +167,6 @@ def convolve_chunks_kernel(
         gate = (row * length + token) * heads + head
         beta_in = tl.load(beta_logit + gate, mask=inside, other=0.0)
         gamma_in = tl.load(gamma_logit + gate, mask=inside, other=0.0)
-        beta_in += tl.load(beta_bias + head).to(tl.float32)
-        gamma_in += tl.load(gamma_bias + head).to(tl.float32)
         convolve_head(
             xs[1], states[1], weights[1], new_states[1], None, keys, keys_rest, key_unit, key_factor, row, head, heads,
             start, length, block, batch_strides[1], time_strides[1], epsilon, TERMS, W, C, K, KP,
@@ -178,6 +175,8 @@ def convolve_chunks_kernel(
             xs[2], states[2], weights[2], new_states[2], None, values, values_rest, value_unit, None, row, head, heads,
             start, length, block, batch_strides[2], time_strides[2], epsilon, TERMS, W, C, V, VP,
         )  # fmt: skip
+        beta_in += tl.load(beta_bias + head).to(tl.float32)
+        gamma_in += tl.load(gamma_bias + head).to(tl.float32)
         strength, log_forget = open_gates(beta_in, gamma_in, bound_less_one, HAS_BOUND)
         strength, log_forget = tl.where(inside, strength, 0.0), tl.where(inside, log_forget, 0.0)
         # What the tiles have left, token by token, is read again for the chunk as a whole.
