@@ -779,6 +779,7 @@ def launch_prefill(
             initial = tuple(state.contiguous() for state in initial)
         h, g, final = layer.states(chunks, initial)
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        weight, norm_epsilon, gate = norm
         _, steps, residual, _ = layer.solve(
             q,
             lam.contiguous(),
@@ -790,7 +791,7 @@ def launch_prefill(
             o=o,
             keep=False,
             stats=output_stats,
-            norm=Norm(*norm),
+            norm=Norm(weight.contiguous(), norm_epsilon, None if gate is None else gate.contiguous()),
         )
         return o, conv_states, final, steps, residual
 

@@ -535,11 +535,19 @@ class TestBadArguments:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnGpu:
+    @pytest.fixture
+    def cuda_precision(self):
+        """Restored by hand: torch answers for this attribute in a way that pytest's monkeypatch cannot undo."""
+        settings = torch.backends.cuda.matmul
+        before = settings.fp32_precision
+        yield settings
+        settings.fp32_precision = before
+
     @pytest.mark.parametrize("family", ["normal", "scream", "rank8"])
     @pytest.mark.parametrize("tf32", ["ieee", "tf32"])
     @pytest.mark.parametrize("size", [64, 48, 128])  # in one kernel, and step by step in torch
-    def test_float32_against_the_oracle_whatever_the_tf32_setting(self, family, tf32, size, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", tf32)
+    def test_float32_against_the_oracle_whatever_the_tf32_setting(self, family, tf32, size, cuda_precision):
+        cuda_precision.fp32_precision = tf32
         inputs = make_inputs(family, 2, 150, 2, size, size, dtype=torch.float32)
         expected = oracle(inputs)
         actual = evaluate(chunkwise, Inputs(*(tensor.cuda() for tensor in inputs)), max_steps=100)
