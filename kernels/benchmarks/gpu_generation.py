@@ -89,7 +89,7 @@ FORGOTTEN = 1e-4
 KERNELS = {
     "the solver": ("solve_chunks",),
     "states": ("prepare_chunks", "carry_states"),
-    "convolutions": ("short_convolution",),
+    "convolutions": ("short_convolution", "convolve_chunks"),
     "norms, gates and SiLU": ("head_norm", "norm_row", "norm_tile", "gate_rows", "gates_kernel", "elementwise"),
     "matrix products": ("nvjet", "gemm", "gemv", "cutlass", "splitKreduce"),
 }

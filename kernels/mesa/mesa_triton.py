@@ -50,6 +50,9 @@ MIN_SEGMENT_CHUNKS = 8
 # Why the solve for Hopper could not be compiled or launched, if so; it is then not tried again.
 HOPPER_FAULTS: list[Exception] = []
 
+# The published width of the short convolutions, for which a prompt's kernel is compiled ahead.
+USUAL_WIDTH = 4
+
 # Columns of G that the plain solve takes at once.
 VALUE_COLUMNS = 64
 
@@ -523,7 +526,7 @@ class Layer:
                 num_warps=4,
                 num_stages=2,
             )
-            if norm is not None:
+            if norm is not None and not ONLY_COMPILE.get():
                 write_head_norm(o, *norm, o)
         return solution, steps, residual, adjoints
 
@@ -595,7 +598,7 @@ def compile_ahead(q, k, v, log_gamma, beta, lam, differentiable: bool) -> None:
 
     Args:
         q, k, v, log_gamma, beta, lam: as `triton_chunkwise` takes them.
-        differentiable: those of the backward pass, too.
+        differentiable: those of the backward pass, too; else that of a usual layer's prompt.
     """
     inputs = q, k, v, log_gamma, beta, lam
     # A kernel that does not compile says so again when it is launched.
@@ -606,10 +609,21 @@ def compile_ahead(q, k, v, log_gamma, beta, lam, differentiable: bool) -> None:
             *_, x, x_rest, x_unit = triton_chunkwise(
                 *inputs, None, None, None, *steps, *steps, True, differentiable, False
             )
-            if differentiable:
+            if not differentiable:
+                launch_prefill(*usual_prompt(*inputs))
+            else:
                 triton_chunkwise_backward(v, None, None, x, x_rest, x_unit, *inputs, None, None, None, *steps, True)
         finally:
             ONLY_COMPILE.reset(only_compile)
+
+
+def usual_prompt(q, k, v, log_gamma, beta, lam) -> tuple:
+    """Arguments of `launch_prefill` as a layer of the published sizes gives them for a first prompt."""
+    weights = [x.new_empty(x.shape[2] * x.shape[3], USUAL_WIDTH) for x in (q, k)]
+    bias = beta.new_empty(beta.shape[2])
+    norm = v.new_empty(v.shape[3]), L2_NORM_EPS, None
+    projections = [x.flatten(2) for x in (q, k, v)]
+    return projections, weights, [None, None], (beta, log_gamma), (bias, bias), 0.5, lam, None, 1, None, False, norm
 
 
 @functools.cache
