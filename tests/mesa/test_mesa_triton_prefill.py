@@ -154,7 +154,8 @@ def read_in_pieces(model, lengths, recording=False):
     found = {f"logits_{i}": each.float() for i, each in enumerate(logits)}
     for i, layer in enumerate(cache.layers):
         for kind in ("conv_states", "recurrent_states"):
-            found |= {f"{kind}_{i}_{slot}": state.float() for slot, state in getattr(layer, kind).items()}
+            states = {slot: state for slot, state in getattr(layer, kind).items() if state is not None}
+            found |= {f"{kind}_{i}_{slot}": state.float() for slot, state in states.items()}
     return found, len(taken)
 
 
