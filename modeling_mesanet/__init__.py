@@ -20,6 +20,7 @@ from .modeling_mesanet import (  # noqa: E402
     MesaNetModel,
     MesaNetPreTrainedModel,
 )
+from .prefill import read_tokens  # noqa: E402
 from .self_contained import self_contained, write_code  # noqa: E402
 from .state_mesanet import (  # noqa: E402
     continue_from,
@@ -67,6 +68,7 @@ __all__ = [
     "load_checkpoint",
     "load_state",
     "merge_states",
+    "read_tokens",
     "save_state",
     "self_contained",
     "split_state",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a text of any length into a state, in constant memory."""
+"""Reading tokens, or a text, of any length into a state, in constant memory."""
 
 from collections.abc import Callable, Iterator
 from typing import TextIO
@@ -12,6 +12,38 @@ from transformers.cache_utils import Cache
 # tokens; and those before a piece that its tokenization sees as well, since some tokenizers treat the start of a text
 # in their own way.
 _READ, _MARGIN, _CONTEXT = 1 << 16, 1 << 10, 1 << 8
+
+
+def read_tokens(
+    model: PreTrainedModel, input_ids: torch.LongTensor, *, state: Cache | None = None, chunk_tokens: int = 2048
+) -> Cache | None:
+    """The state of `model` after tokens, read chunk by chunk, without gradients.
+
+    Args:
+        model: a `MesaNetForCausalLM`, or what wraps one.
+        input_ids: `[B, T]`, without pads, on any device.
+        state: what to go on from, updated in place; None starts anew.
+        chunk_tokens: tokens of each sequence in a forward pass, at least 1; memory grows with it.
+
+    Returns:
+        The state, for `past_key_values` and `save_state`; `state` itself if T is 0.
+
+    Raises:
+        ValueError: an argument is out of range or misshapen, or `model` is in training mode. `state` is then
+            untouched.
+    """
+    if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
+        found = f"of shape {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {found}; give a tensor [batch, tokens].")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; give at least 1.")
+    if model.training:  # where it starts no cache
+        raise ValueError("model is in training mode; call model.eval() first.")
+    with torch.no_grad():
+        for chunk in input_ids.split(chunk_tokens, dim=1) if input_ids.shape[1] else ():
+            chunk = chunk.to(model.device)
+            state = model(chunk, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
+    return state
 
 
 def prefill(
@@ -29,24 +61,19 @@ def prefill(
 
     Args:
         text: a file opened for reading text.
-        chunk_tokens: tokens a forward pass, at least 1; memory grows with it.
+        chunk_tokens: as in `read_tokens`.
         progress: called with each piece of text once it is read from the file.
 
     Returns:
         The state of one sequence, None where the text has no tokens.
     """
     state, waiting = None, []
-
-    def feed(ids: list[int]) -> Cache:
-        input_ids = torch.tensor([ids], device=model.device)
-        return model(input_ids, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
-
-    with torch.no_grad():
-        for ids in stream_tokens(tokenizer, text, progress):
-            waiting += ids
-            while len(waiting) >= chunk_tokens:
-                state, waiting = feed(waiting[:chunk_tokens]), waiting[chunk_tokens:]
-        return feed(waiting) if waiting else state
+    for ids in stream_tokens(tokenizer, text, progress):
+        waiting += ids
+        while len(waiting) >= chunk_tokens:
+            chunk, waiting = waiting[:chunk_tokens], waiting[chunk_tokens:]
+            state = read_tokens(model, torch.tensor([chunk]), state=state, chunk_tokens=chunk_tokens)
+    return read_tokens(model, torch.tensor([waiting]), state=state, chunk_tokens=chunk_tokens)
 
 
 def stream_tokens(

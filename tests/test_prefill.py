@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
-from modeling_mesanet import bundled_checkpoint, prefill
+from modeling_mesanet import bundled_checkpoint, prefill, read_tokens
 from modeling_mesanet.prefill import leading_tokens, stream_tokens
 
 
@@ -105,6 +106,33 @@ def test_the_state_after_a_text(tiny_model, tokenizer, chunk_tokens):
                 layer.recurrent_states[slot], wanted.recurrent_states[slot], rtol=1e-9, atol=1e-9
             )
             torch.testing.assert_close(layer.conv_states[slot], wanted.conv_states[slot], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_tokens_read_in_chunks(tiny_model):
+    model, ids = tiny_model(dtype=torch.float64), random_ids(3, 23)
+    expected = model(ids, use_cache=True)
+    state = read_tokens(model, ids[:, :9], chunk_tokens=4)
+    assert read_tokens(model, ids[:, 9:9], state=state) is state
+    read_tokens(model, ids[:, 9:-1], state=state, chunk_tokens=100)
+    logits = model(ids[:, -1:], past_key_values=state).logits
+    torch.testing.assert_close(logits, expected.logits[:, -1:], rtol=1e-9, atol=1e-9)
+    assert read_tokens(model, ids[:, :0]) is None
+
+
+def test_tokens_that_cannot_be_read(tiny_model):
+    model, ids = tiny_model(), random_ids(2, 6)
+    state = read_tokens(model, ids)
+    for arguments, message in (
+        ({"input_ids": ids[0]}, r"input_ids is of shape \(6,\); give a tensor \[batch, tokens\]"),
+        ({"input_ids": ids.tolist()}, "input_ids is list; give a tensor"),
+        ({"input_ids": ids, "chunk_tokens": 0}, "chunk_tokens is 0; give at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_tokens(model, **arguments, state=state)
+    with pytest.raises(ValueError, match="model is in training mode"):
+        read_tokens(model.train(), ids, state=state)
+    assert int(state.get_seq_length()) == 6
 
 
 def test_an_empty_text_has_no_state(tiny_model, tokenizer):
