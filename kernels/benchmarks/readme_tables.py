@@ -401,7 +401,12 @@ def generation_notes(results: dict) -> list[str]:
         rows, shown = reading_times(results, "prefill", chunk=chunk)
         if {"ms"} <= rows["mesa"].keys() & rows["peer"].keys():
             ratio = rows["peer"]["ms"] / rows["mesa"]["ms"]
-            shown[0] += f" ({ratio:.1f} times the peer's speed{', missed' if not ratio >= PREFILL_GOAL else ''})"
+            remarks = [f"{ratio:.1f} times the peer's speed", *(["missed"] if not ratio >= PREFILL_GOAL else [])]
+            busy = sum(rows["mesa"].get("kernels_ms", {}).values())
+            # Otherwise the GPU waits for the processor.
+            if busy and busy < 0.9 * rows["mesa"]["ms"]:
+                remarks.append(f"the GPU is busy for {significant(busy)} ms of them")
+            shown[0] += f" ({', '.join(remarks)})"
         if shown:
             way = "at once" if chunk == tokens else f"in chunks of {chunk:,}"
             times.append(f"{way} {', '.join(shown)}")
