@@ -23,10 +23,13 @@ from .modeling_mesanet import (  # noqa: E402
 from .prefill import read_tokens  # noqa: E402
 from .self_contained import self_contained, write_code  # noqa: E402
 from .state_mesanet import (  # noqa: E402
+    StateError,
+    StateInfo,
     continue_from,
     fork_state,
     load_state,
     merge_states,
+    read_state_info,
     save_state,
     split_state,
 )
@@ -61,6 +64,8 @@ __all__ = [
     "MesaNetForSequenceClassification",
     "MesaNetModel",
     "MesaNetPreTrainedModel",
+    "StateError",
+    "StateInfo",
     "bundled_checkpoint",
     "continue_from",
     "fork_state",
@@ -68,6 +73,7 @@ __all__ = [
     "load_checkpoint",
     "load_state",
     "merge_states",
+    "read_state_info",
     "read_tokens",
     "save_state",
     "self_contained",

@@ -5,7 +5,7 @@ A state file is a safetensors file. Its tensors are, for layer i, `layers.i.conv
 `[B, channels, conv_kernel_size - 1]`, in the dtype of the activations), `layers.i.h` `[B, H, K, K]` and `layers.i.g`
 `[B, H, K, V]` (float32, or float64 of a float64 model). Its metadata say what the state belongs to: format and its
 version, the fields of the config that a state depends on, dtype and SHA-256 of the weights, SHA-256 of the tokenizer,
-the number of tokens consumed, and a SHA-256 of the tensors.
+the number of tokens consumed, and a SHA-256 of all this and the tensors.
 
 Dimensions: B batch, T tokens, H heads, K key size, V value size.
 """
@@ -13,7 +13,7 @@ Dimensions: B batch, T tokens, H heads, K key size, V value size.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .cache_mesanet import RECURRENT_G, RECURRENT_H, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
@@ -32,7 +32,7 @@ from .loading import one_line
 from .modeling_mesanet import MesaNetModel
 
 FORMAT = "mesanet-state"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 # What a state depends on beside the weights. The solver's limits are not among them: they say how well it is read.
 CONFIG_FIELDS = (
@@ -61,16 +61,21 @@ class StateInfo(NamedTuple):
     """What a state file says of itself.
 
     `config` holds the fields of `CONFIG_FIELDS`, `dtype` that of the weights (such as "float32"); `weights`,
-    `tokenizer` (None where none was given) and `checksum`, of the tensors, are SHA-256 in hexadecimal; `tokens` are
-    those consumed, pads included.
+    `tokenizer` (None where none was given) and `checksum`, of the other fields and the tensors, are SHA-256 in
+    hexadecimal; `tokens` are those consumed, pads included.
     """
 
     config: dict
     dtype: str
     weights: str
     tokenizer: str | None
-    checksum: str
     tokens: int
+    checksum: str = ""
+
+    def checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> "StateInfo":
+        """With the checksum that belongs to the other fields and these tensors."""
+        content = [self._replace(checksum="")._asdict(), _fingerprint(tensors)]
+        return self._replace(checksum=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -101,6 +106,7 @@ def save_state(
         ValueError: the cache belongs to a model of other sizes.
     """
     backbone, path = _backbone(model), Path(path)
+    _check_no_folder(path, argument)
     tensors = _tensors(_used(cache, backbone.config))
     bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if bad is not None:
@@ -110,9 +116,8 @@ def save_state(
         dtype=_dtype_name(backbone),
         weights=fingerprint_weights(model),
         tokenizer=None if tokenizer is None else fingerprint_tokenizer(tokenizer),
-        checksum=_fingerprint(tensors.items()),
         tokens=cached_length(cache),
-    )
+    ).checked(tensors.items())
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     metadata |= {name: json.dumps(value) for name, value in info._asdict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -134,8 +139,9 @@ def read_state_info(path: str | os.PathLike, *, argument: str = "path") -> State
     """What a state file belongs to, from its header alone.
 
     Raises:
-        StateError: the file is missing, truncated, no state, or of another format version.
+        StateError: the file is missing, a folder, truncated, no state, or of another format version.
     """
+    _check_no_folder(Path(path), argument)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -160,13 +166,11 @@ def read_state_info(path: str | os.PathLike, *, argument: str = "path") -> State
         )
     try:
         info = StateInfo(**{name: json.loads(metadata[name]) for name in StateInfo._fields})
-        sound = isinstance(info.config, dict) and isinstance(info.tokens, int) and info.tokens > 0
-    except (KeyError, ValueError):
+        sound = isinstance(info.config, dict) and type(info.tokens) is int and 0 < info.tokens < 2**63
+    except (KeyError, ValueError, RecursionError):
         sound = False
     if not sound:
         raise StateError(f"{argument} is '{path}', whose metadata are damaged; save the state again.")
-    # Files from before the head norm had an epsilon of its own.
-    info.config.setdefault("effective_head_norm_eps", info.config.get("rms_norm_eps"))
     return info
 
 
@@ -208,8 +212,8 @@ def load_state(
         raise StateError(
             f"{argument} is '{path}', which cannot be read ({one_line(error)}); save it again."
         ) from error
-    if not tensors or _fingerprint(tensors.items()) != info.checksum:
-        raise StateError(f"{argument} is '{path}', whose tensors are damaged; save the state again.")
+    if not tensors or info.checked(tensors.items()) != info:
+        raise StateError(f"{argument} is '{path}', whose content is damaged; save the state again.")
     cache = upgrade_cache(DynamicCache(config=config), config)
     for index, layer in enumerate(cache.layers):
         target = _layer_device(backbone.layers[index]) if device is None else device
@@ -218,6 +222,11 @@ def load_state(
         *conv_states, h, g = (tensors[f"layers.{index}.{name}"].to(target, copy=True) for name in names)
         layer.write(conv_states, (h, g), info.tokens)
     return cache
+
+
+def _check_no_folder(path: Path, argument: str) -> None:
+    if path.is_dir():
+        raise StateError(f"{argument} is '{path}', a folder; give the name of a file.")
 
 
 def _check_origin(
@@ -294,8 +303,17 @@ def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 # ---------------------------------------------------------------------------------------- forking, splitting, merging
 
 
-def fork_state(cache: Cache, copies: int = 1, *, device: torch.device | str | None = None) -> DynamicCache:
-    """An independent copy of a state, each of its sequences `copies` times side by side, on `device` (None: as it is).
+def fork_state(
+    cache: Cache, copies: int = 1, *, device: torch.device | str | None = None, static: bool | None = None
+) -> Cache:
+    """An independent copy of a state.
+
+    Args:
+        cache: a used cache; it stays as it is.
+        copies: how often to repeat each of its sequences, side by side.
+        device: where to put the copy; None is where the state is.
+        static: make it a `StaticCache`, from which `generate()` decodes as with `cache_implementation="static"` (on a
+            GPU by a CUDA graph; drafts need a state that is not static); None is as `cache` is.
 
     Raises:
         StateError: the cache is unused or no MesaNet's, or `copies` is less than 1.
@@ -303,28 +321,20 @@ def fork_state(cache: Cache, copies: int = 1, *, device: torch.device | str | No
     if copies < 1:
         raise StateError(f"copies is {copies}; give at least 1.")
     _used(cache)
-    fork = DynamicCache()
-    fork.layers = [
-        _copied_layer(layer, lambda x: x.repeat_interleave(copies, dim=0), device) for layer in cache.layers
-    ]
-    return fork
+    return _copied(cache, lambda x: x.repeat_interleave(copies, dim=0), device, static)
 
 
-def split_state(cache: Cache) -> list[DynamicCache]:
+def split_state(cache: Cache) -> list[Cache]:
     """An independent state for each sequence of a batch, in order.
 
     Raises:
         StateError: the cache is unused or no MesaNet's.
     """
-    parts = []
-    for row in range(_used(cache).batch_size):
-        part = DynamicCache()
-        part.layers = [_copied_layer(layer, lambda x, row=row: x[row : row + 1].clone()) for layer in cache.layers]
-        parts.append(part)
-    return parts
+    rows = range(_used(cache).batch_size)
+    return [_copied(cache, lambda x, row=row: x[row : row + 1].clone()) for row in rows]
 
 
-def merge_states(caches: Sequence[Cache]) -> DynamicCache:
+def merge_states(caches: Sequence[Cache]) -> Cache:
     """One batch of the sequences of several states, in order; a copy.
 
     Sequences of different lengths may be merged: the batch counts as many tokens as the longest, as if the others had
@@ -358,7 +368,7 @@ def merge_states(caches: Sequence[Cache]) -> DynamicCache:
 
 
 def continue_from(
-    cache: Cache, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]
+    cache: Cache, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, static: bool | None = None
 ) -> dict[str, torch.Tensor | Cache]:
     """What `generate` needs to go on from a state: `model.generate(**continue_from(state, tokenizer, " The sea"))`.
 
@@ -368,6 +378,7 @@ def continue_from(
         cache: a state of one sequence, which every text continues, or of as many sequences as texts.
         tokenizer: the model's.
         texts: what comes next, for all sequences or one for each; not empty.
+        static: as in `fork_state`.
 
     Returns:
         `input_ids` `[B, T]` of the new texts, padded on the left, `attention_mask` `[B, past + T]`, and the forked
@@ -387,7 +398,7 @@ def continue_from(
     for index, row in enumerate(rows):
         if not row:
             raise StateError(f"texts[{index}] is {texts[index]!r}, which has no tokens; give text to go on with.")
-    fork = fork_state(cache, len(texts) // held)
+    fork = fork_state(cache, len(texts) // held, static=static)
     past, width, device = (
         cached_length(cache),
         max(map(len, rows)),
@@ -404,15 +415,24 @@ def continue_from(
 # ------------------------------------------------------------------------------------------------------------ details
 
 
-def _copied_layer(layer: MesaNetCacheLayer, function, device: torch.device | str | None = None) -> MesaNetCacheLayer:
-    """A layer of its own with `function`, which copies, of every state tensor."""
-    copied = MesaNetCacheLayer(layer.number_of_states)
-    states = [
-        [function(slots[slot]).to(device or slots[slot].device) for slot in slots if slots[slot] is not None]
-        for slots in (layer.conv_states, layer.recurrent_states)
-    ]
-    copied.write(states[0], tuple(states[1]), int(layer.get_seq_length()))
-    return copied
+def _copied(
+    cache: Cache,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device | str | None = None,
+    static: bool | None = None,
+) -> Cache:
+    """A cache of its own with `function`, which copies, of every state tensor; the others as in `fork_state`."""
+    static = isinstance(cache, StaticCache) if static is None else static
+    # transformers' own way to either asks for a config, and makes layers for it.
+    copy = StaticCache.__new__(StaticCache) if static else DynamicCache.__new__(DynamicCache)
+    Cache.__init__(copy, layers=[MesaNetCacheLayer(layer.number_of_states, static=static) for layer in cache.layers])
+    for copied, layer in zip(copy.layers, cache.layers, strict=True):
+        conv_states, recurrent_states = (
+            [function(slots[slot]).to(device or slots[slot].device) for slot in slots if slots[slot] is not None]
+            for slots in (layer.conv_states, layer.recurrent_states)
+        )
+        copied.write(conv_states, tuple(recurrent_states), int(layer.get_seq_length()))
+    return copy
 
 
 def _used(cache: Cache, config: MesaNetConfig | None = None) -> Cache:

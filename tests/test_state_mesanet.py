@@ -4,7 +4,7 @@
 import copy
 import json
 import re
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -18,17 +18,19 @@ from modeling_mesanet import (
     MesaNetForCausalLM,
     MesaNetForSequenceClassification,
     MesaNetModel,
+    StateError,
     bundled_checkpoint,
     continue_from,
     fork_state,
     load_state,
     merge_states,
+    read_state_info,
     save_state,
     split_state,
     state_mesanet,
 )
 from modeling_mesanet.cache_mesanet import MesaNetCacheLayer
-from modeling_mesanet.state_mesanet import StateError, fingerprint_tokenizer, fingerprint_weights, read_state_info
+from modeling_mesanet.state_mesanet import fingerprint_tokenizer, fingerprint_weights
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 VOCABULARY = 6144  # the bundled tokenizer's
@@ -181,16 +183,6 @@ def test_a_state_of_another_model_is_refused(make, tmp_path, other, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_from_before_the_head_norm_had_an_epsilon(make, tmp_path):
-    model, path = make(), tmp_path / "state"
-    info = save_state(filled(model), path, model=model)
-    fields = {name: value for name, value in info.config.items() if name != "effective_head_norm_eps"}
-    rewrite(path, metadata={"config": json.dumps(fields)})
-    assert_equal(load_state(path, model=model), filled(model))
-    with pytest.raises(StateError, match=r"whose effective_head_norm_eps is 1e-06 while this model's is 0\.001"):
-        load_state(path, model=make(head_norm_eps=1e-3))
-
-
 def test_one_changed_weight_is_noticed(make, tmp_path):
     model = make()
     before = fingerprint_weights(model)
@@ -229,7 +221,7 @@ def test_every_truncated_or_altered_file_is_refused_before_a_cache_is_made(make,
         altered = bytearray(content)
         altered[position] ^= 1
         bad.write_bytes(altered)
-        with pytest.raises(StateError, match="tensors are damaged"):
+        with pytest.raises(StateError, match="content is damaged"):
             load_state(bad, model=model)
     bad.write_bytes(content + b"x")
     with pytest.raises(StateError, match="truncated or not a safetensors file"):
@@ -240,14 +232,19 @@ def test_every_truncated_or_altered_file_is_refused_before_a_cache_is_made(make,
     ("change", "message"),
     [
         ({"metadata": {"format": "pt"}}, "is no MesaNet state"),
-        ({"metadata": {"format_version": "2"}}, "of format version 2, but this package reads 1"),
+        ({"metadata": {"format_version": "1"}}, "of format version 1, but this package reads 2"),
         ({"metadata": {"tokens": "none"}}, "metadata are damaged"),
         ({"metadata": {"tokens": "-3"}}, "metadata are damaged"),
+        ({"metadata": {"tokens": "true"}}, "metadata are damaged"),
+        ({"metadata": {"tokens": "1" + "0" * 30}}, "metadata are damaged"),
+        ({"metadata": {"config": "[" * 100_000}}, "metadata are damaged"),
+        ({"metadata": {"tokens": "5"}}, "content is damaged"),
+        ({"metadata": {"tokenizer": '"0"'}}, "content is damaged"),
         ({"metadata": {"config": "[]"}}, "metadata are damaged"),
-        ({"tensors": {"layers.0.h": torch.zeros(2, 2, 16, 16)}}, "tensors are damaged"),
-        ({"tensors": {"layers.0.h": torch.zeros(0, 2, 16, 16)}}, "tensors are damaged"),
-        ({"tensors": {"layers.1.g": torch.zeros(1, 2, 16, 8)}}, "tensors are damaged"),
-        ({"tensors": {"layers.2.g": torch.zeros(1, 2, 16, 8)}}, "tensors are damaged"),
+        ({"tensors": {"layers.0.h": torch.zeros(2, 2, 16, 16)}}, "content is damaged"),
+        ({"tensors": {"layers.0.h": torch.zeros(0, 2, 16, 16)}}, "content is damaged"),
+        ({"tensors": {"layers.1.g": torch.zeros(1, 2, 16, 8)}}, "content is damaged"),
+        ({"tensors": {"layers.2.g": torch.zeros(1, 2, 16, 8)}}, "content is damaged"),
     ],
     ids=str,
 )
@@ -266,7 +263,7 @@ def test_files_that_are_no_states_are_refused(make, tmp_path):
         ("model.safetensors", "is no MesaNet state"),
         ("config.json", "truncated or not a safetensors file"),
         ("absent", "does not exist"),
-        ("", "not a safetensors file|cannot be read"),
+        ("", "a folder; give the name of a file"),
     ):
         with pytest.raises(StateError, match=message):
             load_state(tmp_path / name, model=model)
@@ -291,6 +288,9 @@ def test_what_cannot_be_saved_leaves_the_old_file(make, tmp_path, monkeypatch):
         save_state(filled(model), path, model=LlamaForCausalLM(llama))
     with pytest.raises(StateError, match=r"cannot be written .*a folder that exists"):
         save_state(filled(model), tmp_path / "absent" / "state", model=model)
+    for folder in (tmp_path, "."):
+        with pytest.raises(StateError, match="a folder; give the name of a file"):
+            save_state(filled(model), folder, model=model)
 
     def interrupted(tensors, file, metadata):
         file.write_bytes(b"half")
@@ -331,6 +331,60 @@ def test_forks_are_independent(model):
 
 
 @torch.no_grad()
+def test_static_states(model, tokenizer):
+    """A state becomes a static cache, and forks of that stay one."""
+    plain = filled(model, 2)
+    static = fork_state(plain, static=True)
+    assert_equal(static, plain)
+    assert type(static) is StaticCache
+    assert static.is_compileable
+    copies = (fork_state(static, 2), *split_state(static), merge_states([static, plain]))
+    assert all(type(copied) is StaticCache and copied.is_compileable for copied in copies)
+    assert type(fork_state(static, static=False)) is type(fork_state(plain)) is DynamicCache
+    expected = model.generate(**continue_from(plain, tokenizer, " the sea"), **GREEDY)
+    for state, options in ((plain, {"static": True}), (static, {})):
+        inputs = continue_from(state, tokenizer, " the sea", **options)
+        assert type(inputs["past_key_values"]) is StaticCache
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_beams_and_samples_from_a_state(model, tokenizer):
+    state = filled(model)
+    prompt = torch.cat([random_ids(1, 7), tokenizer(" the sea", return_tensors="pt")["input_ids"][:, 1:]], dim=1)
+    for options in ({"num_beams": 3, "do_sample": False}, {"num_return_sequences": 3, "do_sample": True}):
+        torch.manual_seed(0)
+        expected = model.generate(prompt, max_new_tokens=8, **options)
+        torch.manual_seed(0)
+        found = model.generate(**continue_from(state, tokenizer, " the sea"), max_new_tokens=8, **options)
+        assert torch.equal(found, expected[:, 7:])
+    assert_equal(state, filled(model))
+
+
+def test_a_step_does_not_grow_with_what_a_state_has_read(model, tokenizer, monkeypatch):
+    inputs = continue_from(filled(model, length=50), tokenizer, ["a b c", "d"])
+    widths, forward = [], MesaNetForCausalLM.forward
+
+    @wraps(forward)
+    def watch(self, *arguments, **options):
+        tensors = (options.get(name) for name in ("attention_mask", "position_ids"))
+        widths.append([0 if tensor is None else tensor.shape[1] for tensor in tensors])
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(MesaNetForCausalLM, "forward", watch)
+    update, held = model._update_model_kwargs_for_generation, []
+
+    def keep(*arguments, **options):
+        kwargs = update(*arguments, **options)
+        held.append([value.shape for value in kwargs.values() if torch.is_tensor(value)])
+        return kwargs
+
+    monkeypatch.setattr(model, "_update_model_kwargs_for_generation", keep)
+    model.generate(**inputs, **GREEDY)
+    assert len(held) == len(widths) == GREEDY["max_new_tokens"]
+    assert max(map(max, widths[1:])) <= 1
+    assert held == [[]] * len(held)
+
+
 def test_a_fork_of_a_state_made_in_inference_mode(model):
     with torch.inference_mode():
         cache = filled(model)
@@ -385,7 +439,7 @@ def test_metadata_are_readable_without_this_package(make, tmp_path):
     save_state(filled(model), tmp_path / "state", model=model)
     with safe_open(tmp_path / "state", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["format_version"]) == ("mesanet-state", "1")
+    assert (metadata["format"], metadata["format_version"]) == ("mesanet-state", "2")
     assert json.loads(metadata["config"])["head_dim"] == 16
     assert re.fullmatch("[0-9a-f]{64}", json.loads(metadata["weights"]))
 
