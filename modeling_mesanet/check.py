@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from .doctor import installed_versions
 from .loading import find_checkpoint, load_checkpoint, weights_sha256
 from .mesa import select_backend
+from .state_mesanet import load_state, save_state
 
 # Largest relative difference between two ways to the logits of a token. In float32 they differ by rounding, which may
 # make a token stop a step earlier or later, within the solver's tolerance; a pad or a token that leaks changes the
@@ -87,7 +88,12 @@ def _run(name: str, function: Callable[[PreTrainedModel], float], bound: float, 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference of two logits `[..., vocabulary]` of a token, relative to their norm."""
     actual, expected = actual.double().cpu(), expected.double().cpu()
-    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    return ((actual - expected).norm(dim=-1) / size(expected)).max().item()
+
+
+def size(logits: torch.Tensor) -> torch.Tensor:
+    """The norm of each token's logits; where all are 0, as good as that, so that others must be 0, too."""
+    return logits.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def largest(errors: Iterable[float]) -> float:
@@ -104,6 +110,12 @@ def tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
 def alone(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits `[T, vocabulary]` of one sequence `[T]` by itself, without a cache."""
     return model(ids.unsqueeze(0), use_cache=False).logits[0]
+
+
+def finite_weights(model: PreTrainedModel) -> float:
+    """The share of the weights that are NaN or infinite; some of them reach few logits or none."""
+    counts = [(weight.numel(), (~weight.isfinite()).sum().item()) for weight in model.state_dict().values()]
+    return sum(bad for _, bad in counts) / sum(count for count, _ in counts)
 
 
 def batch_size(model: PreTrainedModel) -> float:
@@ -178,6 +190,17 @@ def fork(model: PreTrainedModel) -> float:
     return largest(errors)
 
 
+def state_file(model: PreTrainedModel) -> float:
+    """A text continued from a state that was saved and loaded, against the text at once."""
+    ids = tokens(model, 2, LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "state.safetensors")
+        save_state(model(ids[:, :80], use_cache=True).past_key_values, path, model=model)
+        state = load_state(path, model=model)
+    rest = model(ids[:, 80:], past_key_values=state, use_cache=True).logits
+    return difference(rest, model(ids, use_cache=False).logits[:, 80:])
+
+
 def generated(model: PreTrainedModel, ids: torch.Tensor, **options) -> float:
     """How far greedy decoding is from what the model says of the same tokens at once, without a cache.
 
@@ -206,7 +229,7 @@ def generated(model: PreTrainedModel, ids: torch.Tensor, **options) -> float:
     rivals = expected.clone()
     rivals[..., [end for end in ends if end is not None]] = -torch.inf
     chosen = expected.gather(-1, output.sequences[:, length:, None]).squeeze(-1)
-    choice = ((rivals.amax(dim=-1) - chosen) / expected.norm(dim=-1)).max().item()
+    choice = ((rivals.amax(dim=-1) - chosen) / size(expected)).max().item()
     if output.logits is None or len(output.logits) != _NEW_TOKENS:
         return choice
     return largest([choice, difference(torch.stack(output.logits, dim=1), expected)])
@@ -263,6 +286,7 @@ def cpu_against_triton(model: PreTrainedModel) -> float:
 
 # What is tested, by the name it is reported under.
 CHECKS: dict[str, Callable[[PreTrainedModel], float]] = {
+    "finite weights": finite_weights,
     "batch size": batch_size,
     "padding left": lambda model: padding(model, left),
     "padding right": lambda model: padding(model, right),
@@ -270,6 +294,7 @@ CHECKS: dict[str, Callable[[PreTrainedModel], float]] = {
     "packing": packing,
     "split": split,
     "fork of a state": fork,
+    "state file": state_file,
     "cached against uncached": cached,
     "static cache": static,
     "rollback": rollback,
@@ -277,8 +302,8 @@ CHECKS: dict[str, Callable[[PreTrainedModel], float]] = {
     "CPU against Triton": cpu_against_triton,
 }
 
-# Those that repeat the same computation, so that every bit must be the same.
-EXACT = {reload}
+# Those where nothing may differ: each repeats a computation, or counts.
+EXACT = {finite_weights, reload}
 
 
 __all__ = ["BOUND", "CHECKS", "check"]

@@ -108,7 +108,7 @@ FAULTS = {
     leak_pads: {"padding left", "padding right", "padding between turns"},
     write_pads: {"padding left", "padding right", "padding between turns"},
     run_over_bounds: {"packing"},
-    forget_convolutions: {"split", "fork of a state", "cached against uncached", "static cache"},
+    forget_convolutions: {"split", "fork of a state", "state file", "cached against uncached", "static cache"},
     mix_rows: {"batch size"},
 }
 
@@ -133,6 +133,36 @@ def test_weights_that_do_not_come_back_fail(folder, monkeypatch):
 
     monkeypatch.setattr(check_module, "load_checkpoint", load_and_disturb)
     assert statuses(check(folder))["save and reload"] == "fail"
+
+
+def test_a_state_that_does_not_come_back_fails(folder, monkeypatch):
+    load = check_module.load_state
+
+    def load_and_disturb(*args, **kwargs):
+        state = load(*args, **kwargs)
+        state.layers[0].recurrent_states[0] *= 1.1
+        return state
+
+    monkeypatch.setattr(check_module, "load_state", load_and_disturb)
+    failed = {name for name, status in statuses(check(folder)).items() if status == "fail"}
+    assert failed == {"state file"}
+
+
+def test_an_infinite_weight_fails_wherever_it_is(tiny_model, tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.layers[1].mixer.gamma_bias[0] = torch.inf  # a head that forgets nothing: all logits are finite
+    model.save_pretrained(tmp_path)
+    failed = {name for name, status in statuses(check(tmp_path)).items() if status == "fail"}
+    assert failed == {"finite weights"}
+
+
+def test_logits_of_zero_are_no_failure(tiny_model, tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path)
+    assert check(tmp_path)["verdict"] == "pass"
 
 
 def test_what_is_raised_or_not_finite_fails_with_a_reason(folder, monkeypatch):
