@@ -343,6 +343,12 @@ def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
             if not layer.fits(*sizes):
                 raise ValueError(f"past_key_values holds the state of another model at layer {index}; {remedy}")
         elif type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
+            if isinstance(layer, CacheLayerMixin):
+                raise ValueError(
+                    f"past_key_values holds keys and values (a {type(layer).__name__} at layer {index}), as those of "
+                    "prefix tuning, which a recurrent state has no place for; leave them out, or adapt the model by "
+                    "LoRA or prompt tuning."
+                )
             raise ValueError(f"past_key_values holds a {type(layer).__name__} at layer {index}; {remedy}")
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, MesaNetCacheLayer):

@@ -198,13 +198,11 @@ def composition(model: nn.Module) -> tuple | None:
     None where Python code is to run at every step (hooks, offloading), or something else than plain weights.
     """
     config = model.config
-    watched = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
-    if model.training or watched or config.output_hidden_states or config.output_attentions:
+    if model.training or everything_is_watched() or config.output_hidden_states or config.output_attentions:
         return None
     parts: list = [repr(vars(config))]
     for module in model.modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if "forward" in module.__dict__ or any(hook.__module__ != HARMLESS_HOOKS for hook in hooks):
+        if runs_more(module):
             return None
         parts += (id(module), getattr(module, "eps", None))
         for parameter in module._parameters.values():
@@ -213,3 +211,14 @@ def composition(model: nn.Module) -> tuple | None:
                     return None
                 parts += (id(parameter), parameter.data_ptr(), parameter.dtype)
     return tuple(parts)
+
+
+def everything_is_watched() -> bool:
+    """Whether there are hooks that every module calls."""
+    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+
+def runs_more(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its class's `forward`, while nobody asks for hidden states."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "forward" in module.__dict__ or any(hook.__module__ != HARMLESS_HOOKS for hook in hooks)

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .decode_graph import decode_graph
+from .decode_graph import decode_graph, everything_is_watched, runs_more
 from .mesa import (
     PadOrder,
     SolverStats,
@@ -525,7 +525,8 @@ class MesaNetMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-# Tokens from which on it pays that a last layer computes no outputs of them. A GPU waits for the launches of fewer.
+# Tokens of all sequences from which on it pays that a last layer computes no outputs of them. A GPU waits for the
+# launches of fewer.
 LEFT_OUT_ON_CPU, LEFT_OUT_ON_GPU = 64, 4096
 
 # Where the projections of a layer have kernels of their own, and the logits of a token a product.
@@ -722,18 +723,22 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, reshape_stats(stats, shape)
 
 
-def can_leave_out(layer: nn.Module, tokens: int, device: torch.device, past_key_values: Cache | None) -> bool:
-    """Whether the first `tokens` tokens need only enter a layer's cache, and that is less work than their outputs.
+def can_leave_out(layer: nn.Module, batch: int, tokens: int, device: torch.device, cache: Cache | None) -> bool:
+    """Whether the first `tokens` tokens of each sequence need only enter a layer's cache, and that is less work.
 
-    Not where autograd, a compiler, a hook inside the layer, or a cache that records tokens would notice.
+    Not where autograd, a compiler, a hook, a module in the place of ours, or a cache that records would notice.
     """
-    if tokens < (LEFT_OUT_ON_CPU if device.type == "cpu" else LEFT_OUT_ON_GPU) or past_key_values is None:
+    # First, so that no graph depends on the number of tokens.
+    if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if type(layer) is not MesaNetDecoderLayer or type(layer.mixer) is not MesaNetMixer or layer.training:
         return False
-    if not isinstance(layer, MesaNetDecoderLayer) or any(map(is_watched, layer.modules())):
+    if batch * tokens < (LEFT_OUT_ON_CPU if device.type == "cpu" else LEFT_OUT_ON_GPU) or tokens <= 0:
         return False
-    return not past_key_values.layers[layer.mixer.layer_idx].record_past
+    compiled = any(module._compiled_call_impl is not None for module in layer.modules())
+    if compiled or everything_is_watched() or any(map(runs_more, layer.modules())):
+        return False
+    return not cache.layers[layer.mixer.layer_idx].record_past
 
 
 class MesaNetPreTrainedModel(PreTrainedModel):
@@ -857,6 +862,8 @@ class MesaNetModel(MesaNetPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if tokens_to_keep < 0:
+            raise ValueError(f"tokens_to_keep is {tokens_to_keep}; give at least 1, or 0 for all tokens.")
         solver = self._solver(cg_tolerance, cg_max_steps, output_solver_stats)
         check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         if past_key_values is not None:
@@ -875,7 +882,9 @@ class MesaNetModel(MesaNetPreTrainedModel):
             tokens_to_keep = 0
         for layer in layers:
             ends = layer is layers[-1] and tokens_to_keep and not output_solver_stats
-            shortened = ends and can_leave_out(layer, length - tokens_to_keep, hidden_states.device, past_key_values)
+            shortened = ends and can_leave_out(
+                layer, batch, length - tokens_to_keep, hidden_states.device, past_key_values
+            )
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -963,7 +972,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             cg_tolerance=cg_tolerance,
             cg_max_steps=cg_max_steps,
             output_solver_stats=output_solver_stats,
-            tokens_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            tokens_to_keep=max(logits_to_keep, 0) if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1035,7 +1044,22 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
             # Copies, since a CUDA graph writes the next token's over them.
             stats = tuple(SolverStats(*(values.clone() for values in layer)) for layer in outputs.solver_stats)
             model_kwargs["solver_record"].append(stats)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        # Decoding with drafted tokens, which records, goes on counting by the mask.
+        if model_kwargs.get("use_cache") and cache is not None and not cache.layers[0].record_past:
+            # What is in the state needs neither mask nor positions; copied at every token, they would cost more and
+            # more. New tokens are no pads.
+            model_kwargs["attention_mask"] = model_kwargs["position_ids"] = None
+        return model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        cache, prompts = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds", input_ids)
+        # Beams, or several sequences, from a state of the prompts: a copy, since the state given is its owner's.
+        if expand_size > 1 and cache is not None and cache.batch_size == prompts.shape[0]:
+            model_kwargs["past_key_values"] = copy.deepcopy(cache)
+            model_kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _prepare_model_inputs(self, *args, **kwargs):
         # The first step of `generate` that sees the prompt: later ones stumble over an empty one, and drop a mask of
@@ -1080,6 +1104,11 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 "recurrent state has none and stays small, so leave it out or use 'static'."
             )
         given = model_kwargs.get("past_key_values")
+        if given is not None and not generation_config.use_cache:
+            raise ValueError(
+                "use_cache is False although past_key_values is given, which would take in all new tokens again at "
+                "every step; leave one of them out."
+            )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -1102,6 +1131,7 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 # In chunks, transformers feeds tokens that the cache already holds once more (5.17 always, 5.23 when
                 # there are no others), passes over embeddings (5.17), and keeps the last chunk's outputs only.
                 generation_config.prefill_chunk_size = None
+        input_ids, model_kwargs = pads_first(input_ids, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
@@ -1129,6 +1159,8 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 )
             else:
                 kwargs.pop("attention_mask", None)
+        else:
+            input_ids, kwargs = pads_first(input_ids, kwargs)
         try:
             return super()._assisted_decoding(input_ids, *args, **kwargs)
         finally:
@@ -1153,6 +1185,9 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         self, input_ids, next_sequence_length=None, inputs_embeds=None, solver_record=None, **kwargs
     ):
         past_key_values = kwargs.get("past_key_values")
+        if kwargs.get("attention_mask") is not None:
+            # Made from the mask; of pads, and of what follows them, they are not what marks packed sequences.
+            kwargs.pop("position_ids", None)
         # The cache's length is read only where it matters, not at a step of stock decoding: that waits for the device.
         if next_sequence_length is None:
             mask = kwargs.get("attention_mask")
@@ -1241,6 +1276,31 @@ def check_new_tokens(new: int) -> None:
             f"input_ids ends {-new} tokens before the end of what past_key_values already holds; pass all tokens, the "
             "cached ones included, or the new ones with an attention_mask over all."
         )
+
+
+def pads_first(input_ids: torch.Tensor, model_kwargs: dict) -> tuple[torch.Tensor, dict]:
+    """A prompt of which no row ends with pads: of one that does, the new tokens, each row's pads moved to its front.
+
+    What is written first follows a row's last token, not the pads behind it; the states are the same.
+    """
+    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    if mask is None or mask[:, -1].all():
+        return input_ids, model_kwargs
+    past_length = 0 if cache is None else cached_length(cache)
+    order = mask[:, past_length:].bool().int().argsort(dim=1, stable=True)
+    moved = {"attention_mask": reordered(mask, order)}
+    if model_kwargs.get("inputs_embeds") is None:
+        input_ids = reordered(input_ids, order)
+    else:
+        moved["inputs_embeds"] = reordered(model_kwargs["inputs_embeds"], order)
+    return input_ids, model_kwargs | moved
+
+
+def reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, T, ...]` with its last columns in the order `[B, columns]`."""
+    before, after = x[:, : x.shape[1] - order.shape[1]], x[:, x.shape[1] - order.shape[1] :]
+    index = order.view(*order.shape, *(1,) * (x.ndim - 2)).expand_as(after)
+    return torch.cat([before, after.gather(1, index)], dim=1)
 
 
 def local_mask(

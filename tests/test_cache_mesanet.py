@@ -383,7 +383,10 @@ def test_gradients_with_a_cache_are_truncated_at_it(tiny_model, training, length
     [
         (lambda config: DynamicCache(), "past_key_values is a DynamicCache made without a config"),
         (lambda config: (torch.zeros(1),), "past_key_values is a tuple"),
-        (lambda config: Cache(layers=[LinearAttentionLayer(2), DynamicLayer()]), "holds a DynamicLayer at layer 1"),
+        (
+            lambda config: Cache(layers=[LinearAttentionLayer(2), DynamicLayer()]),
+            "keys and values (a DynamicLayer at layer 1)",
+        ),
     ],
     ids=["no config", "tuple", "attention"],
 )

@@ -210,14 +210,65 @@ def test_beams_from_the_users_cache(model):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prefix, past_key_values=cache)
-    untouched = copy.deepcopy(cache)
     expected = model.generate(input_ids, num_beams=3, use_cache=False, **GREEDY)
+    before = snapshot(cache)
+    other = copy.deepcopy(cache)
+    other.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"batch size 6 but past_key_values holds 4 .*batch_repeat_interleave"):
+        model.generate(input_ids, num_beams=3, past_key_values=other, **GREEDY)
+    other.batch_select_indices(torch.tensor([0, 2]))
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(other), strict=True))
+    # A state of the prompts is copied, one of the beams is taken as it is.
+    assert torch.equal(model.generate(input_ids, num_beams=3, past_key_values=cache, **GREEDY), expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
     cache.batch_repeat_interleave(3)
     assert torch.equal(model.generate(input_ids, num_beams=3, past_key_values=cache, **GREEDY), expected)
-    before = snapshot(untouched)
-    with pytest.raises(ValueError, match=r"batch size 6 but past_key_values holds 2 .*batch_repeat_interleave"):
-        model.generate(input_ids, num_beams=3, past_key_values=untouched, **GREEDY)
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(untouched), strict=True))
+
+
+RIGHT = {
+    "default": {},
+    "uncached": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 3},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "early exit": {"assistant_early_exit": 1},
+}
+
+
+@pytest.mark.parametrize("way", RIGHT)
+@pytest.mark.parametrize("pads", [1, 5])
+def test_pads_on_the_right(model, way, pads):
+    """What is written follows the last token, not the pads behind it."""
+    options = {"num_beams": 3} if way == "beams" else {}
+    prompt = random_ids(1, 6)
+    expected = model.generate(prompt, **GREEDY, **options)[:, 6:]
+    ids, mask = F.pad(prompt, (0, pads), value=7), F.pad(torch.ones_like(prompt), (0, pads))
+    found = model.generate(ids, attention_mask=mask, **GREEDY, **RIGHT[way])
+    assert torch.equal(found[:, 6 + pads :], expected)
+    # Beside a row without pads; drafts take one sequence at a time.
+    if way not in ("prompt lookup", "early exit"):
+        other = random_ids(1, 6 + pads, seed=9)
+        rows, masks = torch.cat([ids, other]), torch.cat([mask, torch.ones_like(mask)])
+        found = model.generate(rows, attention_mask=masks, **GREEDY, **RIGHT[way])
+        assert torch.equal(found[:, : 6 + pads], rows)
+        assert torch.equal(found[:1, 6 + pads :], expected)
+        assert torch.equal(found[1:], model.generate(other, **GREEDY, **options))
+
+
+def test_pads_on_the_right_of_what_continues_a_state(model):
+    cache, full, mask, expected = turns(model, padded=True)
+    tail = F.pad(full[:, int(cache.get_seq_length()) :], (0, 3), value=7)
+    tokens = model.generate(tail, attention_mask=F.pad(mask, (0, 3)), past_key_values=cache, **GREEDY)
+    assert torch.equal(tokens[:, -NEW:], expected)
+
+
+def test_a_state_needs_the_cache(model):
+    cache, full, _, _ = turns(model, padded=False)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="use_cache is False although past_key_values is given"):
+        model.generate(full, past_key_values=cache, use_cache=False, **GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- continuation

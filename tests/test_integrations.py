@@ -298,7 +298,7 @@ def test_prompt_tuning_generates_and_prefix_tuning_is_refused(model, peft):
     prefixed = peft.get_peft_model(
         copy.deepcopy(model), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     )
-    with pytest.raises(ValueError, match="past_key_values holds a DynamicLayer at layer 0"):
+    with pytest.raises(ValueError, match=r"a DynamicLayer at layer 0\), as those of prefix tuning"):
         prefixed(input_ids=input_ids)
 
 
@@ -438,14 +438,14 @@ def test_tensor_parallel_gradients_equal_those_of_one_rank(two_ranks):
 # --------------------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": True, "logits_to_keep": 1}], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_dynamo_exporter(model, dynamic):
+@torch.no_grad()
+def test_dynamo_exporter(model, dynamic, arguments):
     exporters = pytest.importorskip("transformers.exporters")
-    input_ids = random_ids(2, 9)
-    exported = exporters.DynamoExporter().export(
-        copy.deepcopy(model), {"input_ids": input_ids}, exporters.DynamoConfig(dynamic=dynamic)
-    )
+    inputs = {"input_ids": random_ids(2, 9), **arguments}
+    exported = exporters.DynamoExporter().export(copy.deepcopy(model), inputs, exporters.DynamoConfig(dynamic=dynamic))
     program = getattr(exported, "program", exported).module()
-    for length in (9, 30) if dynamic else (9,):
-        input_ids = random_ids(2, length, seed=length)
-        torch.testing.assert_close(program(input_ids=input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-4)
+    for length in (9, 100) if dynamic else (9,):
+        inputs["input_ids"] = random_ids(2, length, seed=length)
+        torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)

@@ -697,9 +697,69 @@ class TestLastLayerOfAPrompt:
             model(input_ids, logits_to_keep=1, use_cache=True)
             watch.remove()
             assert seen == [20]
+            watch = torch.nn.modules.module.register_module_forward_hook(lambda *call: seen.append(1))
+            model(input_ids, logits_to_keep=1, use_cache=True)
+            watch.remove()
             output = model(input_ids, logits_to_keep=1, use_cache=True, output_hidden_states=True)
             assert [state.shape[1] for state in output.hidden_states] == [20] * 3
-        assert found == []
+            assert found == []
+            # That leaves hooks behind which do nothing more.
+            model(input_ids, logits_to_keep=1, use_cache=True)
+            assert found == [19]
+
+    def test_not_where_another_module_mixes(self, tiny_model):
+        class Twice(MesaNetMixer):
+            def forward(self, hidden_states, *arguments, **options):
+                return super().forward(2 * hidden_states, *arguments, **options)
+
+        class Wrapper(torch.nn.Module):
+            def __init__(self, mixer):
+                super().__init__()
+                self.wrapped = mixer
+
+            def forward(self, *arguments, **options):
+                return self.wrapped(*arguments, **options)
+
+        for change in (lambda mixer: setattr(mixer, "__class__", Twice), None):
+            model, input_ids = tiny_model(), random_ids(1, 20)
+            layer = model.model.layers[-1]
+            if change is None:
+                layer.mixer = Wrapper(layer.mixer)
+            else:
+                change(layer.mixer)
+            with torch.no_grad():
+                expected = model(input_ids, use_cache=True)
+                found = model(input_ids, use_cache=True, logits_to_keep=1)
+            torch.testing.assert_close(found.logits, expected.logits[:, -1:])
+            for ours, theirs in zip(states(found.past_key_values), states(expected.past_key_values), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+    def test_not_while_training_with_checkpoints(self, tiny_model):
+        model, input_ids = tiny_model(), random_ids(1, 20)
+        model.gradient_checkpointing_enable()
+        with torch.no_grad():
+            expected = model(input_ids).logits
+            found = model.train()(input_ids, use_cache=True, logits_to_keep=1).logits
+        torch.testing.assert_close(found, expected[:, -1:], rtol=1e-3, atol=1e-3)
+
+    def test_compiled_layers_stay_whole(self, tiny_model):
+        model, input_ids = tiny_model(), random_ids(1, 20)
+        with torch.no_grad():
+            expected = model(input_ids, use_cache=True, logits_to_keep=1).logits
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, backend="eager")
+            found = model(input_ids, use_cache=True, logits_to_keep=1).logits
+        torch.testing.assert_close(found, expected)
+
+    def test_a_number_below_zero(self, tiny_model):
+        model, input_ids = tiny_model(), random_ids(1, 20)
+        with torch.no_grad():
+            # As transformers' models take it: all but the first so many.
+            torch.testing.assert_close(
+                model(input_ids, use_cache=True, logits_to_keep=-3).logits, model(input_ids).logits[:, 3:]
+            )
+        with pytest.raises(ValueError, match="tokens_to_keep is -3; give at least 1, or 0 for all"):
+            model.model(input_ids, tokens_to_keep=-3)
 
     def test_the_decoder_alone(self, tiny_model):
         model, input_ids = tiny_model().model, random_ids(2, 9)
