@@ -345,9 +345,8 @@ def upgrade_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
         elif type(layer) is not LinearAttentionLayer or any(layer.has_previous_state.values()):
             if isinstance(layer, CacheLayerMixin):
                 raise ValueError(
-                    f"past_key_values holds keys and values (a {type(layer).__name__} at layer {index}), as those of "
-                    "prefix tuning, which a recurrent state has no place for; leave them out, or adapt the model by "
-                    "LoRA or prompt tuning."
+                    f"past_key_values holds keys and values (a {type(layer).__name__} at layer {index}), which a "
+                    f"recurrent state has no place for; {remedy} Instead of prefix tuning, use LoRA or prompt tuning."
                 )
             raise ValueError(f"past_key_values holds a {type(layer).__name__} at layer {index}; {remedy}")
     for index, layer in enumerate(cache.layers):

@@ -1138,10 +1138,10 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         generation_config = kwargs["generation_config"]
         exit_layer, layers = generation_config.assistant_early_exit, self.config.num_hidden_layers
-        if exit_layer is not None and not 1 <= exit_layer < layers:
+        if exit_layer is not None and (not isinstance(exit_layer, int) or not 1 <= exit_layer < layers):
             # transformers would change the config first, fail, and leave it changed.
             raise ValueError(
-                f"assistant_early_exit is {exit_layer}; a model of {layers} layers drafts with 1 to {layers - 1}."
+                f"assistant_early_exit is {exit_layer!r}; a model of {layers} layers drafts with 1 to {layers - 1}."
             )
         past_length = 0 if cache is None else int(cache.get_seq_length())
         if past_length:
@@ -1246,7 +1246,7 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     """
     if input_ids is not None:
         name, tensor, expected = "input_ids", input_ids, "[batch, time]"
-        if not torch.is_tensor(tensor) or tensor.is_floating_point():
+        if not torch.is_tensor(tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
             kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
             raise ValueError(f"input_ids is {kind}; it must be a tensor of whole numbers, {expected}.")
         fits = tensor.ndim == 2
@@ -1255,6 +1255,8 @@ def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         fits = tensor.ndim == 3 and tensor.shape[-1] == hidden_size
     if not fits:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")
+    if tensor.shape[0] == 0:
+        raise ValueError(f"{name} has no sequences (shape {tuple(tensor.shape)}); give at least one.")
     if tensor.shape[1] == 0:
         raise ValueError(
             f"{name} has no tokens (shape {tuple(tensor.shape)}); give at least one, for example the bos token. "
@@ -1323,6 +1325,7 @@ def local_mask(
         attention_mask = attention_mask["linear_attention"]
     if attention_mask is None:
         return None
+    check_is_tensor(attention_mask)
     unread = stays_unread(length, attention_mask.device)
     past_length = None if unread else 0 if past_key_values is None else cached_length(past_key_values)
     check_mask(attention_mask, batch, length, past_length)
@@ -1337,6 +1340,14 @@ def stays_unread(length: int, device: torch.device) -> bool:
     return torch.compiler.is_compiling() or (length == 1 and device.type != "cpu")
 
 
+def check_is_tensor(attention_mask: object) -> None:
+    if not torch.is_tensor(attention_mask):
+        raise ValueError(
+            f"attention_mask is {type(attention_mask).__name__}; give a tensor [batch, time], 0 for pads and 1 for "
+            "tokens."
+        )
+
+
 def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past_length: int | None) -> None:
     """Refuse a mask that covers neither the new tokens nor the cached and the new ones.
 
@@ -1347,6 +1358,7 @@ def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int, pas
     """
     if attention_mask is None:
         return
+    check_is_tensor(attention_mask)
     shape, widths = attention_mask.shape, sorted({length, (past_length or 0) + length})
     fits = len(shape) == 2 and shape[0] == batch
     if not fits or (shape[1] < length if past_length is None else shape[1] not in widths):

@@ -507,6 +507,7 @@ def test_bad_prompts_get_one_clear_sentence(model, options):
         ({"inputs_embeds": torch.zeros(1, 0, 32).double()}, "inputs_embeds has no tokens"),
         ({"inputs_embeds": embeds}, "inputs_embeds contains NaN or infinite values"),
         ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(2, 4)}, "attention_mask has shape (2, 4)"),
+        ({"input_ids": random_ids(1, 2), "attention_mask": [[1, 1]]}, "attention_mask is list; give a tensor"),
         ({"input_ids": random_ids(2, 5), "attention_mask": torch.zeros(2, 6)}, "attention_mask has shape (2, 6)"),
         ({"input_ids": random_ids(2, 5), "attention_mask": torch.ones(1, 5)}, "attention_mask has shape (1, 5)"),
     ):

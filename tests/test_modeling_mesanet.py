@@ -791,6 +791,12 @@ def test_labels_are_shifted_ignored_and_normalised_as_told(tiny_model):
         ({"input_ids": torch.ones(3).long()}, "input_ids has shape (3,); it must be [batch, time]"),
         ({"inputs_embeds": torch.ones(1, 3, 31)}, "inputs_embeds has shape (1, 3, 31); it must be [batch, time, 32]"),
         ({"input_ids": torch.ones(2, 0).long()}, "input_ids has no tokens"),
+        ({"input_ids": torch.ones(0, 2).long()}, "input_ids has no sequences (shape (0, 2)); give at least one"),
+        ({"input_ids": torch.ones(1, 2).bool()}, "input_ids is torch.bool; it must be a tensor of whole numbers"),
+        (
+            {"input_ids": torch.ones(1, 2).long(), "attention_mask": [[1, 1]]},
+            "attention_mask is list; give a tensor [batch, time], 0 for pads and 1 for tokens",
+        ),
         ({"inputs_embeds": torch.full((1, 3, 32), math.nan)}, "inputs_embeds contains NaN or infinite values"),
         ({"inputs_embeds": torch.full((1, 3, 32), -math.inf)}, "inputs_embeds contains NaN or infinite values"),
         (

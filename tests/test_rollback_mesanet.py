@@ -481,7 +481,7 @@ def test_drafting_for_several_sequences_or_a_static_cache_is_refused(model):
             model.generate(**options, **LOOKUP, **GREEDY)
 
 
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [0, 2, 1.5])
 def test_an_early_exit_outside_the_model_is_refused(model, layer):
     with pytest.raises(ValueError, match=f"assistant_early_exit is {layer}; a model of 2 layers drafts with 1 to 1"):
         model.generate(random_ids(1, 5), assistant_early_exit=layer, **GREEDY)
