@@ -40,6 +40,7 @@ CASES = {
     "packed": Case("silu", 150, 32, 16, lengths=(10, 0, 1, 100, 39)),
     "packed_with_states": Case("mixed", 75, lengths=(0, 70, 5), has_state=True),
     "segments": Case("mixed", 450, segmented=True),
+    "continued_segments": Case("mixed", 450, has_state=True, segmented=True),
     "packed_segments": Case("mixed", 400, lengths=(10, 1, 0, 330, 59), has_state=True, segmented=True),
     "wide_keys": Case("silu", 40, 136, 16),
     "wide_values": Case("silu", 40, 16, 200),
