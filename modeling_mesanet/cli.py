@@ -22,7 +22,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from .loading import CheckpointError, find_checkpoint, int8_weights, load_checkpoint, load_tokenizer
@@ -268,9 +276,23 @@ def _write_continuation(
         **inputs,
         generation_config=_generation_config(model, options),
         streamer=streamer,
+        logits_processor=LogitsProcessorList([RefuseNaN()]),
     )
     if streamer is None:
         print(tokenizer.decode(ids[0, 0 if echo else length :], skip_special_tokens=True))
+
+
+class RefuseNaN(LogitsProcessor):
+    """Ends the writing where a model's first logits are no numbers: whatever it chose then would mean nothing."""
+
+    def __init__(self):
+        self.looked = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self.looked and scores.isnan().any():
+            raise UserError("the model's logits are not numbers (NaN); `mesanet check` with its path says more.")
+        self.looked = True
+        return scores
 
 
 def _generation_config(model: PreTrainedModel, options: dict) -> GenerationConfig:
@@ -842,8 +864,13 @@ def prefill(
     from .prefill import prefill as read_text
 
     with _exit_codes(context):
-        if output.is_dir() or not output.parent.is_dir():  # found out now, not after reading a long text
-            raise UserError(f"--output is '{output}', which is no file in a folder that exists; give one.")
+        # Found out now, not after reading a long text.
+        if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+            raise UserError(f"--output is '{output}', which is no file in a folder that can be written to; give one.")
+        if output.exists() and os.path.exists(file) and output.samefile(file):
+            raise UserError(
+                f"--output is '{output}', the text itself, which the state would replace; give another file."
+            )
         where = _check_device(device)
         folder = find_checkpoint(model, argument="--model")
         tokenizer = load_tokenizer(folder, argument="--model")

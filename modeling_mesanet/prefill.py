@@ -12,6 +12,9 @@ from transformers.cache_utils import Cache
 # tokens; and those before a piece that its tokenization sees as well, since some tokenizers treat the start of a text
 # in their own way.
 _READ, _MARGIN, _CONTEXT = 1 << 16, 1 << 10, 1 << 8
+# Characters without a place to cut between words, from which on a cut goes through a word: to tokenize all that waits
+# with every piece that is read would take longer and longer.
+_LONGEST_WORD = 1 << 16
 
 
 def read_tokens(
@@ -35,8 +38,8 @@ def read_tokens(
     if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
         found = f"of shape {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
         raise ValueError(f"input_ids is {found}; give a tensor [batch, tokens].")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; give at least 1.")
+    if type(chunk_tokens) is not int or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens!r}; give a whole number of at least 1.")
     if model.training:  # where it starts no cache
         raise ValueError("model is in training mode; call model.eval() first.")
     with torch.no_grad():
@@ -57,7 +60,7 @@ def prefill(
     """The state of `model` after a text, read piece by piece.
 
     The tokens are those that `tokenizer(whole_text)` makes, special tokens at the beginning included; one newline at
-    the end of the text is dropped.
+    the end of the text is dropped. (Words of more than 65,536 characters may be tokenized in pieces.)
 
     Args:
         text: a file opened for reading text.
@@ -105,14 +108,12 @@ def stream_tokens(
             if ids[first:]:
                 yield leading + ids[first:]
             return
-        last = next(
-            (
-                index
-                for index in range(len(ids) - 1, first, -1)
-                if starts[index] <= len(buffer) - _MARGIN and words[index] != words[index - 1]
-            ),
-            first,
-        )
+        settled = [index for index in range(first + 1, len(ids)) if starts[index] <= len(buffer) - _MARGIN]
+        last = next((index for index in reversed(settled) if words[index] != words[index - 1]), first)
+        if last == first and len(buffer) - cut > _LONGEST_WORD:
+            # Some tokens are parts of characters; not between these.
+            ends = [end for _, end in encoding["offset_mapping"]]
+            last = next((index for index in reversed(settled) if ends[index - 1] <= starts[index]), first)
         if last > first:
             yield leading + ids[first:last]
             leading, position = [], starts[last]

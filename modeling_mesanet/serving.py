@@ -12,7 +12,7 @@ from .modeling_mesanet import MesaNetForCausalLM
 
 
 class ServingError(RuntimeError):
-    """The server cannot run here; the message says what to install."""
+    """The server cannot run so; the message says what to install or to leave out."""
 
 
 def serve(folder: Path, options: Sequence[str] = ()) -> None:
@@ -23,8 +23,12 @@ def serve(folder: Path, options: Sequence[str] = ()) -> None:
         options: those of `transformers serve`, such as `("--device", "cuda", "--port", "8000")`.
 
     Raises:
-        ServingError: what transformers' server needs is not installed.
+        ServingError: what transformers' server needs is not installed, or an option asks for what MesaNet has not.
     """
+    if any(option.split("=")[0] == "--continuous-batching" for option in options):
+        raise ServingError(
+            "--continuous-batching keeps keys and values in pages, which a recurrent state has not; leave it out."
+        )
     available = getattr(import_utils, "is_serve_available", None)
     if available is None or not available():
         raise ServingError(
@@ -35,7 +39,17 @@ def serve(folder: Path, options: Sequence[str] = ()) -> None:
     # The server looks a checkpoint's class up by its name in transformers, not through the Auto classes.
     transformers.MesaNetForCausalLM = MesaNetForCausalLM
     refuse_chat_without_template()
+    list_only(folder)
     app(["serve", str(folder), *options])
+
+
+def list_only(folder: Path) -> None:
+    """Let `/v1/models` name the checkpoint that is served, not what lies in the Hub's cache, and may not be there."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    created = int((folder / "config.json").stat().st_mtime)
+    entry = {"id": str(folder), "object": "model", "created": created, "owned_by": ""}
+    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
 
 
 def refuse_chat_without_template() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from .files import replacing
 from .mesa import SolverStats, check_solver
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def plot_solver_steps(stats: Sequence, path: str | os.PathLike | None = None) ->
     Args:
         stats: `solver_stats` of a forward pass (one entry a layer), or of `generate()` (such a tuple for each forward
             pass; their tokens are put one after the other).
-        path: file to write the figure to as well; its ending chooses the format.
+        path: file to write the figure to as well, in a folder that is made if need be; its ending chooses the format
+            (PNG without one).
 
     Raises:
         ValueError: `stats` holds nothing, or something else.
@@ -90,11 +92,16 @@ def solver_curve(
         raise ValueError("tolerances is empty; give at least one number between 0 and 1.")
     for tolerance in tolerances:
         check_solver(0, tolerance)
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, time], time at least 2.")
+    if not torch.is_tensor(input_ids) or input_ids.ndim != 2 or input_ids.shape[1] < 2:
+        found = f"of shape {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {found}; give a tensor [batch, time], time at least 2.")
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     # The first token that counts of a row has nothing to be predicted from.
     labels = input_ids.masked_fill((real == 0) | (real.cumsum(dim=1) == 1), -100)
+    if (labels == -100).all():
+        raise ValueError(
+            "attention_mask leaves no token to predict; give rows of at least two tokens that are no pads."
+        )
     arguments = {"attention_mask": attention_mask, "labels": labels, "use_cache": False}
 
     def run(tolerance: float):
@@ -167,13 +174,10 @@ def _figure(width: float, height: float) -> "Figure":
 def _saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
     if path is not None:
         path = Path(path)
-        # An interrupted write must not leave half a picture under the name. The ending stays, since it is the format.
-        unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        try:
-            figure.savefig(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        if path.is_dir():
+            raise ValueError(f"path is '{path}', a folder; give the name of a file.")
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, format=path.suffix.removeprefix(".") or "png")
     return figure
 
 

@@ -110,7 +110,10 @@ def save_state(
     tensors = _tensors(_used(cache, backbone.config))
     bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if bad is not None:
-        raise StateError(f"the cache holds NaN or infinite values ({bad}); make it again from finite inputs.")
+        raise StateError(
+            f"the cache holds NaN or infinite values ({bad}); make it again from finite inputs, by a model that "
+            "`mesanet check` passes."
+        )
     info = StateInfo(
         config=_config_fields(backbone.config),
         dtype=_dtype_name(backbone),

@@ -19,7 +19,15 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 import modeling_mesanet
-from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, MesaNetForSequenceClassification, doctor, loading
+from modeling_mesanet import (
+    MesaNetConfig,
+    MesaNetForCausalLM,
+    MesaNetForSequenceClassification,
+    cli,
+    doctor,
+    loading,
+    prefill,
+)
 from modeling_mesanet.cli import DEFAULT_PROMPT, app
 from modeling_mesanet.loading import CheckpointError, load_checkpoint, load_tokenizer
 
@@ -577,11 +585,25 @@ class TestPrefill:
             (tmp_path, output, "cannot be read"),
             (broken, output, "is not UTF-8 text"),
             (empty, output, "holds no text"),
-            (file, tmp_path, "which is no file in a folder that exists"),
-            (file, tmp_path / "absent" / "state", "which is no file in a folder that exists"),
+            (file, tmp_path, "which is no file in a folder that can be written to"),
+            (file, tmp_path / "absent" / "state", "which is no file in a folder that can be written to"),
         ):
             assert message in refuse("prefill", source, "-o", target, "-m", checkpoint)
         assert not output.exists()
+
+    def test_a_folder_that_cannot_be_written_to_is_found_out_first(self, checkpoint, file, tmp_path, monkeypatch):
+        monkeypatch.setattr(cli.os, "access", lambda path, mode: Path(path) != tmp_path)
+        monkeypatch.setattr(prefill, "prefill", None)  # nothing is read
+        message = refuse("prefill", file, "-o", tmp_path / "state", "-m", checkpoint)
+        assert "which is no file in a folder that can be written to" in message
+
+    def test_the_text_itself_is_not_replaced(self, checkpoint, file, tmp_path):
+        link, twin = tmp_path / "link", tmp_path / "twin"
+        link.symlink_to(file)
+        twin.hardlink_to(file)
+        for target in (file, link, twin):
+            assert "the text itself" in refuse("prefill", file, "-o", target, "-m", checkpoint)
+        assert file.read_text(encoding="utf-8") == self.TEXT
 
     def test_a_state_that_does_not_fit_is_refused(self, checkpoint, copy, file, tmp_path):
         state = tmp_path / "state"
@@ -596,6 +618,17 @@ class TestPrefill:
         ):
             assert message in refuse("generate", *arguments, "-m", checkpoint)
         assert "a model with other weights" in refuse("generate", "--state", state, "-m", copy)
+
+    def test_weights_that_are_no_numbers(self, copy, file, tmp_path):
+        weights = load_file(copy / "model.safetensors")
+        next(weight for name, weight in weights.items() if "k_proj" in name).fill_(torch.nan)
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        for temperature in (0, 1):
+            message = refuse("generate", "-m", copy, "--no-echo", "--temperature", temperature)
+            assert "logits are not numbers (NaN); `mesanet check`" in message
+        assert "by a model that `mesanet check` passes" in refuse(
+            "prefill", file, "-o", tmp_path / "state", "-m", copy
+        )
 
 
 def test_version_is_the_one_in_pyproject():

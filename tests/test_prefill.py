@@ -2,6 +2,7 @@
 """Reading long texts: the tokens of the whole text, in constant memory."""
 
 import io
+import random
 import subprocess
 import sys
 
@@ -77,6 +78,16 @@ def test_a_text_without_a_place_to_cut(tokenizer):
     assert streamed(tokenizer, text) == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.parametrize("alphabet", ["acgt", "東京é"])
+def test_words_without_end_are_read_in_pieces(tokenizer, monkeypatch, alphabet):
+    monkeypatch.setattr(prefill, "_LONGEST_WORD", 60)
+    text = "".join(random.Random(0).choices(alphabet, k=2000))
+    pieces = list(stream_tokens(tokenizer, io.StringIO(text)))
+    assert max(map(len, pieces)) < 400  # of which a character takes up to three
+    ids = [token for piece in pieces for token in piece]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
 def test_the_special_tokens_before_a_text(tokenizer):
     assert leading_tokens(tokenizer) == [tokenizer.bos_token_id]
 
@@ -126,7 +137,9 @@ def test_tokens_that_cannot_be_read(tiny_model):
     for arguments, message in (
         ({"input_ids": ids[0]}, r"input_ids is of shape \(6,\); give a tensor \[batch, tokens\]"),
         ({"input_ids": ids.tolist()}, "input_ids is list; give a tensor"),
-        ({"input_ids": ids, "chunk_tokens": 0}, "chunk_tokens is 0; give at least 1"),
+        ({"input_ids": ids, "chunk_tokens": 0}, "chunk_tokens is 0; give a whole number of at least 1"),
+        ({"input_ids": ids, "chunk_tokens": 1.5}, r"chunk_tokens is 1\.5; give a whole number"),
+        ({"input_ids": ids, "chunk_tokens": True}, "chunk_tokens is True; give a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             read_tokens(model, **arguments, state=state)

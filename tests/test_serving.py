@@ -14,6 +14,7 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from modeling_mesanet import bundled_checkpoint
+from modeling_mesanet.serving import ServingError, serve
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason='needs pip install "transformers[serving]"')
 
@@ -55,6 +56,17 @@ def post(address, body):
     request = Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+def test_the_checkpoint_is_the_only_model(server):
+    with urlopen(f"{server}/v1/models", timeout=60) as answer:
+        (model,) = json.load(answer)["data"]
+    assert (model["id"], model["object"]) == (str(bundled_checkpoint()), "model")
+
+
+def test_continuous_batching_is_refused_before_the_server_starts():
+    with pytest.raises(ServingError, match="--continuous-batching keeps keys and values in pages"):
+        serve(bundled_checkpoint(), ["--port", "0", "--continuous-batching"])
 
 
 def test_completions(server):

@@ -73,6 +73,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
 
 
+def test_where_a_figure_goes(tmp_path):
+    points = [CurvePoint(0.1, 1.0, 2.0, 3.0)]
+    plot_solver_curve(points, tmp_path / "new" / "curve")
+    assert (tmp_path / "new" / "curve").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"path is '.*', a folder; give the name of a file"):
+        plot_solver_curve(points, tmp_path)
+
+
 def test_refusals(tiny_model, monkeypatch):
     for stats in ((), None):
         with pytest.raises(ValueError, match="stats holds nothing; pass the solver_stats"):
@@ -85,8 +93,12 @@ def test_refusals(tiny_model, monkeypatch):
         solver_curve(tiny_model(), random_ids(1, 5), tolerances=(3,))
     with pytest.raises(ValueError, match="tolerances is empty"):
         solver_curve(tiny_model(), random_ids(1, 5), tolerances=())
-    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"input_ids is of shape \(1, 1\); give a tensor"):
         solver_curve(tiny_model(), random_ids(1, 1))
+    with pytest.raises(ValueError, match="input_ids is list; give a tensor"):
+        solver_curve(tiny_model(), [[1, 2]])
+    with pytest.raises(ValueError, match="attention_mask leaves no token to predict"):
+        solver_curve(tiny_model(), random_ids(2, 3), torch.tensor([[0, 0, 1], [0, 0, 0]]))
     real_import = builtins.__import__
 
     def without_matplotlib(name, *args, **kwargs):
