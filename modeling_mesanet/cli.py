@@ -283,15 +283,11 @@ def _write_continuation(
 
 
 class RefuseNaN(LogitsProcessor):
-    """Ends the writing where a model's first logits are no numbers: whatever it chose then would mean nothing."""
-
-    def __init__(self):
-        self.looked = False
+    """Ends the writing where a model's logits are no numbers: whatever it chose then would mean nothing."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not self.looked and scores.isnan().any():
+        if not scores.amax(dim=-1).isfinite().all():  # a maximum is NaN where any score is
             raise UserError("the model's logits are not numbers (NaN); `mesanet check` with its path says more.")
-        self.looked = True
         return scores
 
 

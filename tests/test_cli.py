@@ -630,6 +630,22 @@ class TestPrefill:
             "prefill", file, "-o", tmp_path / "state", "-m", copy
         )
 
+    def test_logits_that_are_no_numbers_later(self, copy):
+        config = MesaNetConfig(**MesaNetConfig.from_pretrained(copy).to_dict() | {"tie_word_embeddings": False})
+        tokenizer = load_tokenizer(copy, argument="copy")
+        torch.manual_seed(0)
+        model = MesaNetForCausalLM(config)
+        inputs = tokenizer("The", return_tensors="pt")
+        first = model(input_ids=inputs["input_ids"]).logits[0, -1].argmax()
+        assert first not in inputs["input_ids"]
+        with torch.no_grad():
+            model.get_input_embeddings().weight[first] = torch.nan
+        model.save_pretrained(copy)
+        options = ("generate", "-m", copy, "--no-echo", "--no-stream", "--prompt", "The")
+        assert invoke(*options, "--max-new-tokens", 1, "--temperature", 0).exit_code == 0
+        for sampling in (("--temperature", 0), ("--temperature", 1, "--top-k", 1)):
+            assert "logits are not numbers (NaN)" in refuse(*options, "--max-new-tokens", 3, *sampling)
+
 
 def test_version_is_the_one_in_pyproject():
     pyproject = Path(__file__).parents[1] / "pyproject.toml"
