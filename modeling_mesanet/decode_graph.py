@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoding step as a CUDA graph: what `generate()` runs with a static cache on a GPU.
+"""A pass as a CUDA graph: the decoding steps of `generate()` with a static cache, and a long text's chunks, on a GPU.
 
 transformers would have `torch.compile` make such a graph. The kernels of a step are written already, so there is
 nothing to compile, and replaying a graph spares the processor the guards and wrappers of a compiled step.
@@ -43,26 +43,27 @@ class Recorded(NamedTuple):
 
 
 class DecodeGraph:
-    """Calls a model, by a CUDA graph where one token a sequence goes to the same batch, cache and solver as before.
+    """Calls a model, by a CUDA graph where as many tokens go to the same batch, cache and solver as before.
 
-    The first step of a kind runs as it is, which compiles its kernels; the second is recorded, and from then on
+    The first pass of a kind runs as it is, which compiles its kernels; the second is recorded, and from then on
     replayed. Recording does not execute: states change only when the graph is replayed. Whatever else is called runs
     as it is.
 
     Args:
         model: any that takes the arguments of `MesaNetForCausalLM`; not kept alive.
         made_of: its `composition`.
+        tokens: new tokens of each sequence in the passes to record; several only without pads.
     """
 
-    def __init__(self, model: nn.Module, made_of: tuple):
-        self.model, self.made_of = weakref.ref(model), made_of
+    def __init__(self, model: nn.Module, made_of: tuple, tokens: int = 1):
+        self.model, self.made_of, self.tokens = weakref.ref(model), made_of, tokens
         self.last_case: tuple | None = None
         self.recorded: Recorded | None = None
         self.failed = False
 
     def __call__(self, **inputs: Any) -> ModelOutput:
         model = self.model()
-        case = None if self.failed else case_of(model, inputs)
+        case = None if self.failed else case_of(model, inputs, self.tokens)
         if case is None or (case != self.last_case and (self.recorded is None or case != self.recorded.case)):
             self.last_case = case
             return model(**inputs)
@@ -73,7 +74,7 @@ class DecodeGraph:
             except Exception as error:  # drivers and libraries raise many kinds; the step runs without
                 self.failed = True
                 warnings.warn(
-                    f"A decoding step cannot be recorded as a CUDA graph ({type(error).__name__}: {error}); it runs "
+                    f"A pass cannot be recorded as a CUDA graph ({type(error).__name__}: {error}); it runs "
                     "without, more slowly.",
                     stacklevel=2,
                 )
@@ -83,7 +84,7 @@ class DecodeGraph:
         if recorded.mask is not None:
             recorded.mask.copy_(last_column(inputs["attention_mask"]))
         recorded.graph.replay()
-        # A copy of the logits, since the next step writes over them.
+        # A copy of the logits, since the next pass writes over them.
         logits = recorded.output.logits.clone()
         return type(recorded.output)(logits=logits, past_key_values=inputs["past_key_values"])
 
@@ -119,15 +120,18 @@ def counted_at_once(cache: Cache, tokens: int) -> Iterator[None]:
             layer.is_counting = True
 
 
-def case_of(model: nn.Module, inputs: dict) -> tuple | None:
-    """All that a graph depends on besides the values of its inputs; None where none is to be made."""
+def case_of(model: nn.Module, inputs: dict, tokens: int) -> tuple | None:
+    """All that a graph of so many tokens depends on besides its inputs' values; None where none is to be made."""
     input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
     given = {name: value for name, value in inputs.items() if name not in TENSORS}
     if any(name not in CONSTANTS and value is not None and value is not False for name, value in given.items()):
         return None
     if given.get("return_dict") is False or any(torch.is_tensor(value) for value in given.values()):
         return None
-    if input_ids is None or input_ids.shape[1] != 1 or cache is None:
+    if input_ids is None or input_ids.shape[1] != tokens or cache is None:
+        return None
+    padded = last_column(inputs.get("attention_mask")) is not None
+    if padded and tokens > 1:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(input_ids.device.type):
         return None
@@ -136,7 +140,7 @@ def case_of(model: nn.Module, inputs: dict) -> tuple | None:
         return None
     return (
         tuple(input_ids.shape),
-        last_column(inputs.get("attention_mask")) is not None,
+        padded,
         tuple((name, given[name]) for name in CONSTANTS if name in given),
         tuple(sorted(model.base_model.solver_limits.items())),
         torch.is_inference_mode_enabled(),
@@ -174,7 +178,7 @@ GRAPHS = Graphs()
 
 def decode_graph(model: nn.Module) -> DecodeGraph | None:
     """The model's `DecodeGraph`, a new one where the model has changed; None where there is to be none."""
-    made_of = composition(model) if runs_on_one_gpu(model) else None
+    made_of = recordable_composition(model)
     if made_of is None:
         GRAPHS.of.pop(model, None)
         return None
@@ -182,6 +186,11 @@ def decode_graph(model: nn.Module) -> DecodeGraph | None:
     if graph is None or graph.made_of != made_of:
         graph = GRAPHS.of[model] = DecodeGraph(model, made_of)
     return graph
+
+
+def recordable_composition(model: nn.Module) -> tuple | None:
+    """The `composition` of a model whose passes may be recorded; None for others."""
+    return composition(model) if runs_on_one_gpu(model) else None
 
 
 def runs_on_one_gpu(model: nn.Module) -> bool:

@@ -8,6 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from .decode_graph import DecodeGraph, recordable_composition
+from .modeling_mesanet import MesaNetForCausalLM
+
 # Characters read at a time; those at the end of what was read that wait for what follows, since it may change their
 # tokens; and those before a piece that its tokenization sees as well, since some tokenizers treat the start of a text
 # in their own way.
@@ -21,6 +24,8 @@ def read_tokens(
     model: PreTrainedModel, input_ids: torch.LongTensor, *, state: Cache | None = None, chunk_tokens: int = 2048
 ) -> Cache | None:
     """The state of `model` after tokens, read chunk by chunk, without gradients.
+
+    On a GPU the chunks from the third on are one CUDA graph, since such passes otherwise wait for the processor.
 
     Args:
         model: a `MesaNetForCausalLM`, or what wraps one.
@@ -38,15 +43,28 @@ def read_tokens(
     if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
         found = f"of shape {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
         raise ValueError(f"input_ids is {found}; give a tensor [batch, tokens].")
+    read = chunk_reader(model, chunk_tokens)
+    for chunk in input_ids.split(chunk_tokens, dim=1) if input_ids.shape[1] else ():
+        state = read(chunk, state)
+    return state
+
+
+def chunk_reader(model: PreTrainedModel, chunk_tokens: int) -> Callable[[torch.LongTensor, Cache | None], Cache]:
+    """What reads a chunk `[B, T]` into a state: a new one, or the one given, in place."""
     if type(chunk_tokens) is not int or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens!r}; give a whole number of at least 1.")
     if model.training:  # where it starts no cache
         raise ValueError("model is in training mode; call model.eval() first.")
-    with torch.no_grad():
-        for chunk in input_ids.split(chunk_tokens, dim=1) if input_ids.shape[1] else ():
-            chunk = chunk.to(model.device)
-            state = model(chunk, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
-    return state
+    made_of = recordable_composition(model) if isinstance(model, MesaNetForCausalLM) else None
+    # A graph of this reader's own, so that its memory is given back with it.
+    forward = model if made_of is None else DecodeGraph(model, made_of, chunk_tokens)
+
+    @torch.no_grad()
+    def read(chunk: torch.LongTensor, state: Cache | None) -> Cache:
+        chunk = chunk.to(model.device)
+        return forward(input_ids=chunk, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
+
+    return read
 
 
 def prefill(
@@ -70,13 +88,13 @@ def prefill(
     Returns:
         The state of one sequence, None where the text has no tokens.
     """
-    state, waiting = None, []
+    read, state, waiting = chunk_reader(model, chunk_tokens), None, []
     for ids in stream_tokens(tokenizer, text, progress):
         waiting += ids
         while len(waiting) >= chunk_tokens:
             chunk, waiting = waiting[:chunk_tokens], waiting[chunk_tokens:]
-            state = read_tokens(model, torch.tensor([chunk]), state=state, chunk_tokens=chunk_tokens)
-    return read_tokens(model, torch.tensor([waiting]), state=state, chunk_tokens=chunk_tokens)
+            state = read(torch.tensor([chunk]), state)
+    return read(torch.tensor([waiting]), state) if waiting else state
 
 
 def stream_tokens(

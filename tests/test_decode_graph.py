@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps as CUDA graphs: the same tokens as without, and never a graph for what it was not recorded for.
+"""Passes as CUDA graphs: the same tokens as without, and never a graph for what it was not recorded for.
 
 Without a GPU nothing can be recorded; there a graph's place is taken by a call of the model with the graph's own
 tensors, which finds every mistake but those of the recording itself.
@@ -16,7 +16,7 @@ from small_models import random_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
-from modeling_mesanet import MesaNetForCausalLM, decode_graph
+from modeling_mesanet import MesaNetForCausalLM, decode_graph, read_tokens
 from modeling_mesanet.decode_graph import GRAPHS, DecodeGraph, composition
 
 NEW = 8
@@ -33,7 +33,7 @@ class FakeGraph:
 
     def replay(self) -> None:
         self.replays += 1
-        with decode_graph.counted_at_once(self.inputs["past_key_values"], 1):
+        with decode_graph.counted_at_once(self.inputs["past_key_values"], self.inputs["input_ids"].shape[1]):
             self.logits.copy_(self.model(**self.inputs).logits)
 
 
@@ -228,6 +228,30 @@ def test_a_step_that_cannot_be_recorded_runs_without(model, monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot be recorded as a CUDA graph \(RuntimeError: operation not"):
         tokens = model.generate(ids(model, 2, 5), **GREEDY, **STATIC)
     assert torch.equal(tokens, model.generate(ids(model, 2, 5), **GREEDY))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [5, 70])
+def test_chunks_of_a_long_text(model, chunk, monkeypatch):
+    recordings, record = [], decode_graph.record
+
+    def recording(model, case, inputs):
+        recordings.append(tuple(inputs["input_ids"].shape))
+        return record(model, case, inputs)
+
+    monkeypatch.setattr(decode_graph, "record", recording)
+    tokens, expected = ids(model, 2, 6 * chunk + 3), DynamicCache(config=model.config)
+    model(tokens, past_key_values=expected)
+    state = read_tokens(model, tokens[:, : 2 * chunk], chunk_tokens=chunk)
+    assert recordings == []
+    assert read_tokens(model, tokens[:, 2 * chunk :], state=state, chunk_tokens=chunk) is state
+    assert recordings == [(2, chunk)]
+    assert int(state.get_seq_length()) == tokens.shape[1]
+    for found, wanted in zip(state.layers, expected.layers, strict=True):
+        for kind in ("recurrent_states", "conv_states"):
+            for slot in (0, 1):
+                ours, theirs = getattr(found, kind)[slot], getattr(wanted, kind)[slot]
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_explicit_compile_config_is_followed(model, device, monkeypatch):

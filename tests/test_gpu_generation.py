@@ -52,6 +52,10 @@ def test_smoke_run_measures_every_section(scripts, tmp_path):
     assert all(row["error"] < 1e-5 and 0 < row["ms"] < math.inf for row in results["prompt"])
     assert {row["chunk"] for row in results["prefill"]} == {plan["prefill"], plan["prefill_chunk"]}
     assert all(row["error"] < 1e-5 for row in results["prefill"] if row["chunk"] < row["tokens"])
+    assert [(row["operator"], row["chunk"]) for row in results["chunks"]] == [
+        (operator, plan["stream_chunk"]) for operator in ("mesa", "llama")
+    ]
+    assert all(row["error"] < 1e-5 and 0 < row["ms"] < math.inf for row in results["chunks"])
     read, states, written = results["memory"]
     assert len(read["peak_mib"]) == len(plan["streamed"])
     assert states["finite"]
@@ -173,6 +177,10 @@ def sample() -> dict:
             {"operator": "mesa", "tokens": 32768, "chunk": 8192, "ms": 310.0, "kernels_ms": {"the solver": 250.0}},
             {"operator": "peer", "tokens": 32768, "chunk": 8192, "ms": 930.0},
         ],
+        "chunks": [
+            {"operator": "mesa", "tokens": 32768, "chunk": 1024, "ms": 320.0},
+            {"operator": "peer", "tokens": 32768, "chunk": 1024, "ms": 2000.0},
+        ],
         "prompt": [
             {"operator": "mesa", "tokens": 64, "ms": 36.0, "kernels_ms": {"states": 2.0, "other": 1.0}},
             {"operator": "llama", "tokens": 64, "ms": 20.0},
@@ -207,6 +215,7 @@ def test_table(scripts):
         "in chunks of 8,192 ours 310 ms (3.0 times the peer's speed, the GPU is busy for 250 ms of them), "
         "peer 930 ms.",
         "Where the GPU's time goes in our pass at once, ms: the solver 280.",
+        "1,024 at a time (ours by `read_tokens`, its recording included): ours 320 ms, peer 2,000 ms.",
         "Reading 64 tokens, where the processor is what takes time: ours 36 ms, Llama 20 ms; "
         "ours keeps the GPU busy for 3 ms of them.",
         "at most 20 s wanted: 21.0 s, missed, 4.0 s of them to import; "

@@ -12,6 +12,7 @@ flash-linear-attention`; without it, it is left out) and transformers' Llama of 
 - cold: the first token of a fresh process, nothing compiled;
 - prompt: a short prompt, whose pass the processor bounds;
 - prefill: a long prompt, at once and in chunks;
+- chunks: the same prompt in small chunks, as a text of any length is read;
 - memory: the peak while a smaller model reads up to a million tokens and writes tens of thousands, and whether its
   states are then still what float64 makes of the last tokens.
 
@@ -70,7 +71,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM
+from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, read_tokens
 from modeling_mesanet.decode_graph import GRAPHS
 from modeling_mesanet.mesa import short_convolution
 from modeling_mesanet.mesa.mesa_solver import l2_normalize
@@ -138,9 +139,9 @@ SMOKE = Plan(
     context_batches=(2,),
     checked_tokens=3,
     cold=("dynamic",),
-    prefill=48,
-    prefill_chunk=16,
-    stream_chunk=64,
+    prefill=144,
+    prefill_chunk=48,
+    stream_chunk=32,
     streamed=(64, 512),
     reread=256,
     written=(4, 12),
@@ -452,11 +453,19 @@ class Bench:
             cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         return cache
 
+    def read_stream(self, model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> Cache:
+        """As `read`; ours as a text of any length is read."""
+        if isinstance(model, MesaNetForCausalLM):
+            return read_tokens(model, ids, chunk_tokens=chunk)
+        return self.read(model, ids, chunk)
+
     @torch.no_grad()
-    def check_reading(self, operator: str, ids: torch.Tensor, chunk: int, row: dict) -> None:
+    def check_reading(
+        self, operator: str, ids: torch.Tensor, chunk: int, row: dict, read: Callable[..., Cache] | None = None
+    ) -> None:
         """The logits of the last token after the others in chunks, against all tokens at once."""
         model = self.model(operator)
-        cache = self.read(model, ids[:, :-1], chunk)
+        cache = (read or self.read)(model, ids[:, :-1], chunk)
         last = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
         row["error"] = relative_error(last, model(ids, logits_to_keep=1).logits[:, -1].double())
         require("logits", row["error"], self.allowed(operator, model, row))
@@ -505,6 +514,19 @@ class Bench:
         for row in rows:
             if self.clock.cuda and row["operator"] == "mesa" and "ms" in row:
                 row["kernels_ms"] = kernel_times(self.reading("mesa", plan.prefill, row["chunk"]))
+        self.models.clear()
+        return rows
+
+    def chunks(self) -> list[dict]:
+        plan, rows = self.plan, []
+        for operator in track(self.operators(), "chunks", console=CONSOLE):
+            with self.row(operator=operator, tokens=plan.prefill, chunk=plan.stream_chunk) as row:
+                rows.append(row)
+                self.clock.check_time(TUNING if operator == "peer" else 5)
+                model = self.model(operator)
+                ids = random_ids(model.config, 1, plan.prefill, self.device)
+                self.check_reading(operator, ids, plan.stream_chunk, row, self.read_stream)
+                row |= self.clock.time(torch.no_grad()(partial(self.read_stream, model, ids, plan.stream_chunk)))
         self.models.clear()
         return rows
 
@@ -666,6 +688,7 @@ SECTIONS = {
     "cold": Bench.cold,
     "prompt": Bench.prompt,
     "prefill": Bench.prefill,
+    "chunks": Bench.chunks,
     "memory": Bench.memory,
 }
 
@@ -677,6 +700,7 @@ def table_of(section: str, rows: list[dict]) -> Table:
         "cold": ("cache", "import_s", "model_s", "first_token_s", "first_steps_s", "again_s"),
         "prompt": ("operator", "tokens", "ms", "spread_ms", "error"),
         "prefill": ("operator", "tokens", "chunk", "ms", "peak_mib", "error"),
+        "chunks": ("operator", "tokens", "chunk", "ms", "error"),
         "memory": ("what", "tokens", "peak_mib", "growth", "finite", "heads", "error", "ms"),
     }[section]
     table = Table(*columns, "", box=SIMPLE, title=section)

@@ -415,6 +415,12 @@ def generation_notes(results: dict) -> list[str]:
             f"Reading {tokens:,} tokens, at least {PREFILL_GOAL:g} times as fast as the peer wanted: "
             f"{'; '.join(times)}."
         )
+    rows, shown = reading_times(results, "chunks")
+    if shown:
+        notes.append(
+            f"Reading {tokens:,} tokens as a text of any length is read, {rows['mesa']['chunk']:,} at a time (ours by "
+            f"`read_tokens`, its recording included): {', '.join(shown)}."
+        )
     groups = find(results, "prefill", operator="mesa", chunk=tokens).get("kernels_ms")
     if groups:
         shares = ", ".join(f"{name} {significant(ms)}" for name, ms in groups.items())
