@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pass as a CUDA graph: the decoding steps of `generate()` with a static cache, and a long text's chunks, on a GPU.
+"""A pass as a CUDA graph: the decoding steps of `generate()`, and a long text's chunks, on a GPU.
 
-transformers would have `torch.compile` make such a graph. The kernels of a step are written already, so there is
-nothing to compile, and replaying a graph spares the processor the guards and wrappers of a compiled step.
+transformers has `torch.compile` make such a graph, for static caches only. A recurrent state is static in any cache,
+the kernels of a step are written already, so there is nothing to compile, and replaying a graph spares the processor
+the guards and wrappers of a compiled step.
 """
 
 import threading
@@ -213,13 +214,24 @@ def composition(model: nn.Module) -> tuple | None:
     for module in model.modules():
         if runs_more(module):
             return None
-        parts += (id(module), getattr(module, "eps", None))
+        parts.append(id(module))
+        if module is not model:  # to which `generate()` attaches what it remembers
+            parts += ((name, repr(value)) for name, value in vars(module).items() if is_plain(value))
         for parameter in module._parameters.values():
             if parameter is not None:
                 if type(parameter) is not nn.Parameter:
                     return None
                 parts += (id(parameter), parameter.data_ptr(), parameter.dtype)
     return tuple(parts)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a module's attribute is a setting, such as the adapters in use: a number, a name, containers of such."""
+    if isinstance(value, dict):
+        return is_plain([*value, *value.values()])
+    if isinstance(value, list | tuple | set):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def everything_is_watched() -> bool:

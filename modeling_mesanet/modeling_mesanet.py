@@ -1072,11 +1072,18 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         check_mask(model_kwargs.get("attention_mask"), *inputs.shape[:2], past_length)
         return inputs, name, model_kwargs
 
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """What `generate()` calls for each token with a static cache on a GPU.
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether `generate()` calls `get_compiled_call` for each token: where a CUDA graph is, with any cache."""
+        if super()._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return True
+        usual = generation_config.compile_config is None and not generation_config.disable_compile
+        return usual and model_kwargs.get("past_key_values") is not None and decode_graph(self) is not None
 
-        A CUDA graph of the step (`decode_graph`), which takes no compiling; with a `compile_config`, or where such a
-        graph cannot stand for the model (hooks, adapters, quantised or distributed weights, no Triton), what
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What `generate()` calls for each token on a GPU.
+
+        A CUDA graph of the step (`decode_graph`), which takes no compiling; with a `compile_config`, or a static cache
+        where such a graph cannot stand for the model (hooks, quantised or distributed weights, no Triton), what
         `torch.compile` makes of it.
         """
         graph = decode_graph(self) if compile_config is None else None

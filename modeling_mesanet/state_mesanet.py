@@ -306,17 +306,13 @@ def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 # ---------------------------------------------------------------------------------------- forking, splitting, merging
 
 
-def fork_state(
-    cache: Cache, copies: int = 1, *, device: torch.device | str | None = None, static: bool | None = None
-) -> Cache:
+def fork_state(cache: Cache, copies: int = 1, *, device: torch.device | str | None = None) -> Cache:
     """An independent copy of a state.
 
     Args:
         cache: a used cache; it stays as it is.
         copies: how often to repeat each of its sequences, side by side.
         device: where to put the copy; None is where the state is.
-        static: make it a `StaticCache`, from which `generate()` decodes as with `cache_implementation="static"` (on a
-            GPU by a CUDA graph; drafts need a state that is not static); None is as `cache` is.
 
     Raises:
         StateError: the cache is unused or no MesaNet's, or `copies` is less than 1.
@@ -324,7 +320,7 @@ def fork_state(
     if copies < 1:
         raise StateError(f"copies is {copies}; give at least 1.")
     _used(cache)
-    return _copied(cache, lambda x: x.repeat_interleave(copies, dim=0), device, static)
+    return _copied(cache, lambda x: x.repeat_interleave(copies, dim=0), device)
 
 
 def split_state(cache: Cache) -> list[Cache]:
@@ -371,7 +367,7 @@ def merge_states(caches: Sequence[Cache]) -> Cache:
 
 
 def continue_from(
-    cache: Cache, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, static: bool | None = None
+    cache: Cache, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]
 ) -> dict[str, torch.Tensor | Cache]:
     """What `generate` needs to go on from a state: `model.generate(**continue_from(state, tokenizer, " The sea"))`.
 
@@ -381,7 +377,6 @@ def continue_from(
         cache: a state of one sequence, which every text continues, or of as many sequences as texts.
         tokenizer: the model's.
         texts: what comes next, for all sequences or one for each; not empty.
-        static: as in `fork_state`.
 
     Returns:
         `input_ids` `[B, T]` of the new texts, padded on the left, `attention_mask` `[B, past + T]`, and the forked
@@ -401,7 +396,7 @@ def continue_from(
     for index, row in enumerate(rows):
         if not row:
             raise StateError(f"texts[{index}] is {texts[index]!r}, which has no tokens; give text to go on with.")
-    fork = fork_state(cache, len(texts) // held, static=static)
+    fork = fork_state(cache, len(texts) // held)
     past, width, device = (
         cached_length(cache),
         max(map(len, rows)),
@@ -422,10 +417,9 @@ def _copied(
     cache: Cache,
     function: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device | str | None = None,
-    static: bool | None = None,
 ) -> Cache:
-    """A cache of its own with `function`, which copies, of every state tensor; the others as in `fork_state`."""
-    static = isinstance(cache, StaticCache) if static is None else static
+    """A cache of its own with `function`, which copies, of every state tensor; the device as in `fork_state`."""
+    static = isinstance(cache, StaticCache)
     # transformers' own way to either asks for a config, and makes layers for it.
     copy = StaticCache.__new__(StaticCache) if static else DynamicCache.__new__(DynamicCache)
     Cache.__init__(copy, layers=[MesaNetCacheLayer(layer.number_of_states, static=static) for layer in cache.layers])

@@ -9,6 +9,8 @@ import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from modeling_mesanet.decode_graph import GRAPHS, DecodeGraph, composition
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-STATIC = {"cache_implementation": "static"}
+PLAIN = {"disable_compile": True}
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 
 class FakeGraph:
@@ -74,6 +77,12 @@ def model(tiny_model, device) -> MesaNetForCausalLM:
     return tiny_model(dtype=dtype, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1).to(device)
 
 
+@pytest.fixture(params=list(CACHES))
+def cache(request) -> dict:
+    """The arguments of `generate()` for a kind of cache."""
+    return CACHES[request.param]
+
+
 def ids(model, batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return random_ids(batch, length, seed=seed).to(model.device)
 
@@ -83,12 +92,12 @@ def recorded(model):
     return None if graph is None else graph.recorded
 
 
-def test_the_same_tokens_for_any_prompt(model, device):
-    for batch, length, pads in ((2, 5, 0), (2, 9, 3), (1, 4, 0), (3, 7, 2), (2, 6, 0)):
+def test_the_same_tokens_for_any_prompt(model, cache):
+    for batch, length, pads in ((2, 5, 0), (3, 9, 3), (1, 4, 0), (3, 7, 2), (2, 6, 0)):
         input_ids, mask = ids(model, batch, length, seed=length), torch.ones(batch, length, device=model.device).long()
         mask[0, :pads] = 0
-        expected = model.generate(input_ids, attention_mask=mask, **GREEDY)
-        actual = model.generate(input_ids, attention_mask=mask, **GREEDY, **STATIC)
+        expected = model.generate(input_ids, attention_mask=mask, **GREEDY, **PLAIN)
+        actual = model.generate(input_ids, attention_mask=mask, **GREEDY, **cache)
         assert torch.equal(actual, expected)
         assert recorded(model).input_ids.shape == (batch, 1)
 
@@ -110,7 +119,7 @@ def test_pads_among_the_new_tokens(model):
     assert graph.recorded.mask.shape == (3, 1)
 
 
-def test_all_but_the_first_steps_are_replayed(model, device, monkeypatch):
+def test_all_but_the_first_steps_are_replayed(model, device, cache, monkeypatch):
     calls = []
     forward = MesaNetForCausalLM.forward
 
@@ -119,7 +128,7 @@ def test_all_but_the_first_steps_are_replayed(model, device, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MesaNetForCausalLM, "forward", counting)
-    model.generate(ids(model, 2, 5), **GREEDY, **STATIC)
+    model.generate(ids(model, 2, 5), **GREEDY, **cache)
     if device == "cuda":
         # Prompt, a step as it is, a step recorded.
         assert calls == [5, 1, 1]
@@ -127,10 +136,10 @@ def test_all_but_the_first_steps_are_replayed(model, device, monkeypatch):
         assert recorded(model).graph.replays == NEW - 2
 
 
-def test_logits_of_each_step_stay(model):
+def test_logits_of_each_step_stay(model, cache):
     options = {"output_logits": True, "return_dict_in_generate": True}
-    expected = model.generate(ids(model, 2, 5), **GREEDY, **options)
-    actual = model.generate(ids(model, 2, 5), **GREEDY, **options, **STATIC)
+    expected = model.generate(ids(model, 2, 5), **GREEDY, **options, **PLAIN)
+    actual = model.generate(ids(model, 2, 5), **GREEDY, **options, **cache)
     for ours, theirs in zip(actual.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(actual.past_key_values.layers, expected.past_key_values.layers, strict=True):
@@ -139,55 +148,84 @@ def test_logits_of_each_step_stay(model):
 
 def test_sampling(model):
     samples = []
-    for options in ({}, STATIC):
+    for options in (PLAIN, *CACHES.values()):
         torch.manual_seed(0)
         samples.append(model.generate(ids(model, 2, 5), do_sample=True, max_new_tokens=NEW, pad_token_id=0, **options))
-    assert torch.equal(*samples)
+    assert all(torch.equal(sample, samples[0]) for sample in samples)
 
 
-def test_a_cache_goes_on_from_turn_to_turn(model):
+@pytest.mark.parametrize("kind", [DynamicCache, partial(StaticCache, max_cache_len=64)], ids=["dynamic", "static"])
+def test_a_cache_goes_on_from_turn_to_turn(model, kind):
     tokens = ids(model, 2, 4)
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache = kind(config=model.config)
     for turn in range(3):
         full = torch.cat([tokens, ids(model, 2, 5, seed=turn)], dim=1)
         tokens = model.generate(full, past_key_values=cache, **GREEDY)
-        assert torch.equal(tokens, model.generate(full, **GREEDY))
+        assert torch.equal(tokens, model.generate(full, **GREEDY, **PLAIN))
+        assert recorded(model) is not None
 
 
-def test_solver_limits_have_graphs_of_their_own(model):
+def test_solver_limits_have_graphs_of_their_own(model, cache):
     input_ids = ids(model, 2, 5)
     for limits in ({}, {"cg_max_steps": 0}, {"cg_tolerance": 0.5}, {}):
-        expected = model.generate(input_ids, **GREEDY, **limits)
-        assert torch.equal(model.generate(input_ids, **GREEDY, **limits, **STATIC), expected)
+        expected = model.generate(input_ids, **GREEDY, **limits, **PLAIN)
+        assert torch.equal(model.generate(input_ids, **GREEDY, **limits, **cache), expected)
         with model.solver(**limits):
-            assert torch.equal(model.generate(input_ids, **GREEDY, **STATIC), expected)
+            assert torch.equal(model.generate(input_ids, **GREEDY, **cache), expected)
 
 
-def test_a_changed_model_is_noticed(model):
+def test_a_changed_model_is_noticed(model, cache):
     input_ids = ids(model, 2, 5)
-    before = model.generate(input_ids, **GREEDY, **STATIC)
+    before = model.generate(input_ids, **GREEDY, **cache)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.3)
-    in_place = model.generate(input_ids, **GREEDY, **STATIC)
-    assert torch.equal(in_place, model.generate(input_ids, **GREEDY))
+    in_place = model.generate(input_ids, **GREEDY, **cache)
+    assert torch.equal(in_place, model.generate(input_ids, **GREEDY, **PLAIN))
     assert not torch.equal(in_place, before)
     projection = model.model.layers[0].mixer.o_proj
     projection.weight = torch.nn.Parameter(projection.weight.flip(0).contiguous())
-    replaced = model.generate(input_ids, **GREEDY, **STATIC)
-    assert torch.equal(replaced, model.generate(input_ids, **GREEDY))
+    replaced = model.generate(input_ids, **GREEDY, **cache)
+    assert torch.equal(replaced, model.generate(input_ids, **GREEDY, **PLAIN))
     assert not torch.equal(replaced, in_place)
 
 
-def test_hooks_run_at_every_step(model, device):
-    model.generate(ids(model, 2, 5), **GREEDY, **STATIC)
+def test_adapters_in_use_are_noticed(model, cache):
+    """Which of them are on is a setting of their modules, and no weight."""
+    peft = pytest.importorskip("peft")
+    input_ids, seen = ids(model, 2, 5), []
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    for switch in (nullcontext, adapted.disable_adapter, nullcontext):
+        with switch():
+            expected = model.generate(input_ids, **GREEDY, **PLAIN)
+            assert torch.equal(adapted.generate(input_ids=input_ids, **GREEDY, **cache), expected)
+            seen.append((expected, GRAPHS.of[model]))
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert len({id(graph) for _, graph in seen}) == 3
+
+
+def test_what_a_graph_was_made_for_stays(model, cache):
+    made_of = composition(model)
+    for _ in range(2):
+        model.generate(ids(model, 2, 5), **GREEDY, **cache)
+        assert GRAPHS.of[model].made_of == made_of
+
+
+def test_hooks_run_at_every_step(model):
+    model.generate(ids(model, 2, 5), **GREEDY)
     seen = []
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *arguments: seen.append(1))
     assert composition(model) is None
-    model.generate(ids(model, 2, 5), **GREEDY, **STATIC, disable_compile=True)
+    model.generate(ids(model, 2, 5), **GREEDY)
     assert len(seen) == NEW
     handle.remove()
     assert composition(model) is not None
+
+
+def test_drafts_and_beams_and_no_cache_go_without(model):
+    for options in ({"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {"use_cache": False}):
+        model.generate(ids(model, 1, 5), **GREEDY, **options)
+        assert recorded(model) is None
 
 
 @torch.no_grad()
@@ -226,8 +264,8 @@ def test_a_step_that_cannot_be_recorded_runs_without(model, monkeypatch):
 
     monkeypatch.setattr(decode_graph, "record", fails)
     with pytest.warns(UserWarning, match=r"cannot be recorded as a CUDA graph \(RuntimeError: operation not"):
-        tokens = model.generate(ids(model, 2, 5), **GREEDY, **STATIC)
-    assert torch.equal(tokens, model.generate(ids(model, 2, 5), **GREEDY))
+        tokens = model.generate(ids(model, 2, 5), **GREEDY)
+    assert torch.equal(tokens, model.generate(ids(model, 2, 5), **GREEDY, **PLAIN))
 
 
 @torch.no_grad()
@@ -257,24 +295,25 @@ def test_chunks_of_a_long_text(model, chunk, monkeypatch):
 def test_an_explicit_compile_config_is_followed(model, device, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
-    model.generate(ids(model, 2, 5), **GREEDY, **STATIC, compile_config=CompileConfig(backend="eager", mode=None))
+    static = CACHES["static"]
+    model.generate(ids(model, 2, 5), **GREEDY, **static, compile_config=CompileConfig(backend="eager", mode=None))
     assert len(asked) == 1
     assert recorded(model) is None
 
 
-def test_threads_do_not_share_a_graph(model):
+def test_threads_do_not_share_a_graph(model, cache):
     prompts = [ids(model, 2, 5, seed=seed) for seed in range(4)]
-    expected = [model.generate(prompt, **GREEDY) for prompt in prompts]
+    expected = [model.generate(prompt, **GREEDY, **PLAIN) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
         for _ in range(3):
-            found = pool.map(lambda prompt: model.generate(prompt, **GREEDY, **STATIC), prompts)
+            found = pool.map(lambda prompt: model.generate(prompt, **GREEDY, **cache), prompts)
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert recorded(model) is None
 
 
-def test_neither_model_nor_cache_is_kept_alive(model, tiny_model):
+def test_neither_model_nor_cache_is_kept_alive(model, cache):
     other = copy.deepcopy(model)
-    output = other.generate(ids(model, 2, 5), return_dict_in_generate=True, **GREEDY, **STATIC)
+    output = other.generate(ids(model, 2, 5), return_dict_in_generate=True, **GREEDY, **cache)
     assert recorded(other) is not None
     held = weakref.ref(other)
     if isinstance(recorded(other).graph, FakeGraph):

@@ -332,20 +332,17 @@ def test_forks_are_independent(model):
 
 @torch.no_grad()
 def test_static_states(model, tokenizer):
-    """A state becomes a static cache, and forks of that stay one."""
-    plain = filled(model, 2)
-    static = fork_state(plain, static=True)
+    """Copies of a static cache are static, too."""
+    plain, static = filled(model, 2), StaticCache(config=model.config, max_cache_len=64)
+    model(random_ids(2, 7), past_key_values=static)
     assert_equal(static, plain)
-    assert type(static) is StaticCache
-    assert static.is_compileable
     copies = (fork_state(static, 2), *split_state(static), merge_states([static, plain]))
     assert all(type(copied) is StaticCache and copied.is_compileable for copied in copies)
-    assert type(fork_state(static, static=False)) is type(fork_state(plain)) is DynamicCache
-    expected = model.generate(**continue_from(plain, tokenizer, " the sea"), **GREEDY)
-    for state, options in ((plain, {"static": True}), (static, {})):
-        inputs = continue_from(state, tokenizer, " the sea", **options)
-        assert type(inputs["past_key_values"]) is StaticCache
-        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert type(merge_states([plain, static])) is type(fork_state(plain)) is DynamicCache
+    found, expected = (
+        model.generate(**continue_from(state, tokenizer, " the sea"), **GREEDY) for state in (static, plain)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_beams_and_samples_from_a_state(model, tokenizer):

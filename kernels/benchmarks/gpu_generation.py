@@ -7,8 +7,8 @@
 Random bfloat16 models of the published 1B size, beside flash-linear-attention's MesaNet (`pip install
 flash-linear-attention`; without it, it is left out) and transformers' Llama of the same sizes. Sections:
 
-- steps: a step of greedy decoding, with a dynamic cache and with `cache_implementation="static"`, where transformers
-  compiles Llama's, and ours is recorded as a CUDA graph; after a short prompt and with thousands of tokens of context;
+- steps: a step of greedy decoding, as `generate()` runs it, and with what makes a difference: ours without the CUDA
+  graph, Llama's compiled for a static cache; after a short prompt and with thousands of tokens of context;
 - cold: the first token of a fresh process, nothing compiled;
 - prompt: a short prompt, whose pass the processor bounds;
 - prefill: a long prompt, at once and in chunks;
@@ -110,12 +110,11 @@ class Plan:
     batches: tuple[int, ...] = (1, 8, 64)
     prompt: int = 64
     new_tokens: int = 128
-    eager_tokens: int = 40  # of what is not compiled, whose steps are slow
+    eager_tokens: int = 40  # of what is neither recorded nor compiled, whose steps are slow
     settling: int = 8  # steps before those that are timed
     contexts: tuple[int, ...] = (8192, 32768)
     context_batches: tuple[int, ...] = (1, 8)
     checked_tokens: int = 8
-    cold: tuple[str, ...] = ("dynamic", "static")
     prefill: int = 32768
     prefill_chunk: int = 8192
     stream_chunk: int = 1024
@@ -138,7 +137,6 @@ SMOKE = Plan(
     contexts=(24,),
     context_batches=(2,),
     checked_tokens=3,
-    cold=("dynamic",),
     prefill=144,
     prefill_chunk=48,
     stream_chunk=32,
@@ -151,13 +149,20 @@ SMOKE = Plan(
 class Case(NamedTuple):
     """A row of "steps".
 
-    `mesa`, `llama` or `peer`; cache `dynamic` or `static`; sequences; tokens before, or 0 for a short prompt.
+    `mesa`, `llama` or `peer`; cache `dynamic` or `static`; sequences; tokens before, or 0 for a short prompt; whether
+    what would be recorded or compiled is to run as it is.
     """
 
     operator: str
     cache: str
     batch: int
     context: int
+    plain: bool = False
+
+    @property
+    def quick(self) -> bool:
+        """Whether steps are a CUDA graph, or compiled."""
+        return not self.plain and (self.operator == "mesa" or self.cache == "static")
 
 
 def mesa_config(sizes: str | dict, **fields) -> MesaNetConfig:
@@ -298,13 +303,13 @@ class Bench:
         plan = self.plan
         near = [(batch, 0) for batch in plan.batches]
         far = [(batch, context) for context in plan.contexts for batch in plan.context_batches]
-        static = sorted(near + far)  # by batch
-        cases = [Case("mesa", "static", *each) for each in static]
+        cases = [Case("mesa", "dynamic", *each) for each in sorted(near + far)]  # by batch
         cases += [Case("llama", "static", *each) for each in near]
-        cases += [Case(operator, "dynamic", *each) for operator in self.operators() for each in near]
+        cases += [Case("mesa", "dynamic", *each, plain=True) for each in near]
+        cases += [Case(operator, "dynamic", *each) for operator in self.operators()[1:] for each in near]
         cases += [Case("llama", "static", *each) for each in far]
         cases += [Case("llama", "dynamic", *each) for each in far]
-        return cases + [Case("mesa", "dynamic", *each) for each in far]
+        return cases + [Case("mesa", "dynamic", *each, plain=True) for each in far]
 
     def operators(self) -> list[str]:
         return ["mesa", *(["peer"] if self.with_peer else []), "llama"]
@@ -322,20 +327,19 @@ class Bench:
         """Fill `row` with warm-up seconds, error of the logits, and milliseconds a step."""
         # Llama's graph is one for each length of cache, ours for all.
         compiled = (case.operator, case.cache, case.batch, case.context if case.operator == "llama" else 0)
-        static = case.cache != "dynamic"
-        new = static and compiled != self.compiled
-        compiles = new and (case.operator, case.cache) != ("mesa", "static")
+        new = case.quick and compiled != self.compiled
+        compiles = new and case.operator != "mesa"
         self.clock.check_time(COMPILING if compiles else TUNING if case.operator == "peer" and case.batch == 1 else 5)
         model = self.model(case.operator)
         if new:
             forget_compiled(model)
             self.compiled = compiled
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        count = self.plan.new_tokens if static else self.plan.eager_tokens
+        count = self.plan.new_tokens if case.quick else self.plan.eager_tokens
         prepare = self.prepare(case, model, count)
         counters.clear()
 
-        row["warmup_s"] = self.generate(model, prepare, count if static else 4)[0]
+        row["warmup_s"] = self.generate(model, prepare, count if case.quick else 4)[0]
         if (error := self.error(case, model, prepare)) is not None:
             row["error"] = error
             require("logits", error, self.allowed(case.operator, model, row))
@@ -348,7 +352,7 @@ class Bench:
         row["tokens_per_second"] = 1e3 * case.batch / row["ms"]
         # Prefill, caches, and a CUDA graph recorded for new addresses.
         row["besides_s"] = whole - count * row["ms"] / 1e3
-        if static:
+        if case.quick:
             if case.operator == "mesa" and not case.context:
                 self.vary(case, model)
             row["recompiled"] = counters["stats"]["unique_graphs"] - graphs
@@ -357,10 +361,12 @@ class Bench:
 
     def prepare(self, case: Case, model: PreTrainedModel, count: int) -> Callable[[], dict]:
         """A function that gives the arguments of `generate()`: prompt, mask, and a cache ready to go on from."""
-        static = case.cache != "dynamic"
+        static = case.cache == "static"
         length = case.context + 1 if case.context else self.plan.prompt
         ids = random_ids(model.config, case.batch, length, self.device)
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if case.plain:
+            arguments["disable_compile"] = True
         if static and not self.clock.cuda:
             arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
             arguments["compile_config"]._compile_all_devices = True
@@ -533,22 +539,19 @@ class Bench:
     # -------------------------------------------------------------------------------------------------------- cold
 
     def cold(self) -> list[dict]:
-        rows = []
-        for cache in self.plan.cold:
-            with self.row(operator="mesa", cache=cache) as row, tempfile.TemporaryDirectory() as folder:
-                rows.append(row)
-                self.clock.check_time(COMPILING)
-                caches = {name: os.path.join(folder, name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-                paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-                arguments = [sys.executable, "-c", COLD_START, str(self.device), cache, json.dumps(asdict(self.plan))]
-                with CONSOLE.status(f"cold start: {cache}"):
-                    run = subprocess.run(
-                        arguments, env=os.environ | caches | {"PYTHONPATH": paths}, capture_output=True, text=True
-                    )
-                if run.returncode:
-                    raise RuntimeError((run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1])
-                row |= json.loads(run.stdout.splitlines()[-1])
-        return rows
+        with self.row(operator="mesa") as row, tempfile.TemporaryDirectory() as folder:
+            self.clock.check_time(COMPILING)
+            caches = {name: os.path.join(folder, name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+            paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+            arguments = [sys.executable, "-c", COLD_START, str(self.device), json.dumps(asdict(self.plan))]
+            with CONSOLE.status("cold start"):
+                run = subprocess.run(
+                    arguments, env=os.environ | caches | {"PYTHONPATH": paths}, capture_output=True, text=True
+                )
+            if run.returncode:
+                raise RuntimeError((run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1])
+            row |= json.loads(run.stdout.splitlines()[-1])
+        return [row]
 
     # ------------------------------------------------------------------------------------------------------ memory
 
@@ -572,7 +575,7 @@ class Bench:
             rows.append(row)
             self.clock.check_time(COMPILING + 1e-3 * plan.written[-1])
             forget_compiled(model)
-            prepare = self.prepare(Case("mesa", "static", 1, 0), model, plan.written[-1])
+            prepare = self.prepare(Case("mesa", "dynamic", 1, 0), model, plan.written[-1])
             self.start_peak()
             clock = StepClock(plan.written, self.peak_mib)
             arguments = prepare() | {"logits_processor": LogitsProcessorList([clock])}
@@ -654,7 +657,7 @@ def compare_states(model: MesaNetForCausalLM, cache: Cache, inputs: list[torch.T
 COLD_START = """
 import json, sys, time
 import torch
-device, cache, plan = torch.device(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+device, plan = torch.device(sys.argv[1]), json.loads(sys.argv[2])
 if device.type == "cuda":
     torch.zeros((), device=device)
 
@@ -672,8 +675,6 @@ model = build("mesa", plan["model"], getattr(torch, plan["dtype"]), device)
 built = now() - before
 ids = random_ids(model.config, 1, plan["prompt"], device)
 arguments = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
-if cache == "static":
-    arguments["cache_implementation"] = "static"
 found = {"import_s": times[1] - times[0], "model_s": built}
 for name, count in (("first_token_s", 1), ("first_steps_s", 8), ("again_s", 8)):
     before = now()
@@ -697,7 +698,7 @@ def table_of(section: str, rows: list[dict]) -> Table:
     """What a section found, for the terminal."""
     columns = {
         "steps": ("operator", "cache", "batch", "context", "ms", "warmup_s", "besides_s", "error", "recompiled"),
-        "cold": ("cache", "import_s", "model_s", "first_token_s", "first_steps_s", "again_s"),
+        "cold": ("import_s", "model_s", "first_token_s", "first_steps_s", "again_s"),
         "prompt": ("operator", "tokens", "ms", "spread_ms", "error"),
         "prefill": ("operator", "tokens", "chunk", "ms", "peak_mib", "error"),
         "chunks": ("operator", "tokens", "chunk", "ms", "error"),

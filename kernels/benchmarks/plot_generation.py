@@ -12,13 +12,13 @@ import typer
 
 from modeling_mesanet.files import replacing
 
-# What a curve is called, by the `operator` and `cache` of its rows.
+# What a curve is called, by the `operator`, `cache` and `plain` of its rows.
 CURVES = {
-    ("mesa", "static"): "MesaNet, static cache",
-    ("mesa", "dynamic"): "MesaNet, dynamic cache",
-    ("peer", "dynamic"): "MesaNet of flash-linear-attention",
-    ("llama", "static"): "Llama, static cache",
-    ("llama", "dynamic"): "Llama, dynamic cache",
+    ("mesa", "dynamic", False): "MesaNet",
+    ("mesa", "dynamic", True): "MesaNet, no CUDA graph",
+    ("peer", "dynamic", False): "MesaNet of flash-linear-attention",
+    ("llama", "static", False): "Llama, compiled for a static cache",
+    ("llama", "dynamic", False): "Llama",
 }
 MEMORY = {"read": "prompt read in chunks", "written": "tokens written"}
 
@@ -27,7 +27,7 @@ def curves(results: dict) -> dict[str, list[tuple[int, float]]]:
     """Points (tokens of context, ms a step) of each curve and batch that has several of them."""
     found = {}
     for row in results.get("steps", []):
-        if "ms" in row and (name := CURVES.get((row["operator"], row["cache"]))):
+        if "ms" in row and (name := CURVES.get((row["operator"], row["cache"], row["plain"]))):
             context = row["context"] or results["plan"]["prompt"]
             found.setdefault(f"{name}, batch {row['batch']}", []).append((context, row["ms"]))
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}

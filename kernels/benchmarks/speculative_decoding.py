@@ -6,10 +6,11 @@
 
 Prints tables and writes them, with versions and revision, to `results/speculative_decoding.json`, on a GPU to
 `results/speculative_decoding_<GPU>.json`. Two things are measured. First `generate()` itself: plain, with prompt
-lookup (drafts copied from what stands before) and with early exit (drafts by the first layers). Second what a step
-costs: a token read alone, and drafts of several lengths read at once with all but one taken back. The second tells
-what other drafts would bring: a step that reads n tokens and keeps m of them gains m times the first cost over the
-second.
+lookup (drafts copied from what stands before) and with early exit (drafts by the first layers); on a GPU, where drafts
+do without CUDA graphs, so does the plain one that they are compared with, and that with graphs comes last. Second what
+a step costs: a token read alone, and drafts of several lengths read at once with all but one taken back. The second
+tells what other drafts would bring: a step that reads n tokens and keeps m of them gains m times the first cost over
+the second.
 
 The bundled checkpoint's drafts are as good as they are in use: greedily it soon repeats itself, which prompt lookup
 finds; its early layers were not trained to write. A model of random weights repeats one token, so that its rows show
@@ -36,6 +37,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, DynamicCache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
+from modeling_mesanet.decode_graph import decode_graph
 from modeling_mesanet.files import write_json
 
 T = TypeVar("T")
@@ -61,14 +63,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> MesaNetForCausa
 
 
 def methods(model: MesaNetForCausalLM) -> dict[str, dict]:
-    """Arguments of `generate` by name; plain decoding first."""
+    """Arguments of `generate` by name; first what the others are compared with."""
     layers = model.config.num_hidden_layers
     first = max(1, layers // 4)
     return {
-        "greedy": {},
+        "greedy": {"disable_compile": True},
         "prompt lookup, 4 tokens": {"prompt_lookup_num_tokens": 4},
         "prompt lookup, 10 tokens": {"prompt_lookup_num_tokens": 10},
         f"early exit after {first} of {layers} layers": {"assistant_early_exit": first},
+        **({} if decode_graph(model) is None else {"greedy, by CUDA graphs": {}}),
     }
 
 
@@ -94,16 +97,18 @@ def generation_rows(model: MesaNetForCausalLM, prompts: list[torch.Tensor], new_
             steps += model.config.num_hidden_layers == layers  # drafting with some of the layers is no step
 
         arguments = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, **options}
-        model.generate(prompts[0], **arguments)  # first calls compile and allocate
         hook = model.model.register_forward_pre_hook(count)
+        for prompt in prompts:
+            model.generate(prompt, **arguments)
+        hook.remove()  # since a model with hooks has no CUDA graph
+        model.generate(prompts[0], **arguments)  # which compiles and allocates
         for index, prompt in enumerate(prompts):
             elapsed, output = timed(partial(model.generate, prompt, **arguments), prompt.device)
             spent += elapsed
-            if not options:
+            if len(greedy) == index:
                 greedy.append(output)
             differ = (output != greedy[index])[0, prompt.shape[1] :].nonzero()
             same += new_tokens if not differ.numel() else int(differ[0])
-        hook.remove()
         total = new_tokens * len(prompts)
         rows.append(
             {
