@@ -29,6 +29,8 @@ CONSTANTS = ("use_cache", "return_dict", "logits_to_keep", "cg_tolerance", "cg_m
 # Hooks of this module do nothing unless a call asks for hidden states, which no graph is made for.
 HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
+# What any module has, whatever it computes.
+INTERNALS = vars(nn.Module()).keys() - {"training"}
 
 RECORDING = threading.Lock()
 
@@ -216,7 +218,7 @@ def composition(model: nn.Module) -> tuple | None:
             return None
         parts.append(id(module))
         if module is not model:  # to which `generate()` attaches what it remembers
-            parts += ((name, repr(value)) for name, value in vars(module).items() if is_plain(value))
+            parts += ((name, repr(value)) for name, value in vars(module).items() if is_setting(name, value))
         for parameter in module._parameters.values():
             if parameter is not None:
                 if type(parameter) is not nn.Parameter:
@@ -225,13 +227,18 @@ def composition(model: nn.Module) -> tuple | None:
     return tuple(parts)
 
 
+def is_setting(name: str, value: Any) -> bool:
+    """Whether a module's attribute is a setting, such as the adapters in use."""
+    return name not in INTERNALS and is_plain(value)
+
+
 def is_plain(value: Any) -> bool:
-    """Whether a module's attribute is a setting, such as the adapters in use: a number, a name, containers of such."""
+    """Whether `value` is a number, a name, None, or a container of such."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
     if isinstance(value, dict):
         return is_plain([*value, *value.values()])
-    if isinstance(value, list | tuple | set):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return isinstance(value, (list, tuple, set)) and all(map(is_plain, value))
 
 
 def everything_is_watched() -> bool:

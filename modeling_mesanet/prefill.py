@@ -18,6 +18,8 @@ _READ, _MARGIN, _CONTEXT = 1 << 16, 1 << 10, 1 << 8
 # Characters without a place to cut between words, from which on a cut goes through a word: to tokenize all that waits
 # with every piece that is read would take longer and longer.
 _LONGEST_WORD = 1 << 16
+# Tokens of a chunk from which on a GPU is busy for about as long as the processor takes to launch its kernels.
+_LARGEST_GRAPH = 1 << 12
 
 
 def read_tokens(
@@ -25,7 +27,7 @@ def read_tokens(
 ) -> Cache | None:
     """The state of `model` after tokens, read chunk by chunk, without gradients.
 
-    On a GPU the chunks from the third on are one CUDA graph, since such passes otherwise wait for the processor.
+    On a GPU, chunks of up to 4,096 tokens are from the third on one CUDA graph: they would wait for the processor.
 
     Args:
         model: a `MesaNetForCausalLM`, or what wraps one.
@@ -57,11 +59,12 @@ def chunk_reader(model: PreTrainedModel, chunk_tokens: int) -> Callable[[torch.L
         raise ValueError("model is in training mode; call model.eval() first.")
     made_of = recordable_composition(model) if isinstance(model, MesaNetForCausalLM) else None
     # A graph of this reader's own, so that its memory is given back with it.
-    forward = model if made_of is None else DecodeGraph(model, made_of, chunk_tokens)
+    graph = model if made_of is None else DecodeGraph(model, made_of, chunk_tokens)
 
     @torch.no_grad()
     def read(chunk: torch.LongTensor, state: Cache | None) -> Cache:
         chunk = chunk.to(model.device)
+        forward = graph if chunk.numel() <= _LARGEST_GRAPH else model
         return forward(input_ids=chunk, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
 
     return read

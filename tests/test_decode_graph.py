@@ -18,7 +18,7 @@ from small_models import random_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
-from modeling_mesanet import MesaNetForCausalLM, decode_graph, read_tokens
+from modeling_mesanet import MesaNetForCausalLM, decode_graph, prefill, read_tokens
 from modeling_mesanet.decode_graph import GRAPHS, DecodeGraph, composition
 
 NEW = 8
@@ -282,6 +282,10 @@ def test_chunks_of_a_long_text(model, chunk, monkeypatch):
     model(tokens, past_key_values=expected)
     state = read_tokens(model, tokens[:, : 2 * chunk], chunk_tokens=chunk)
     assert recordings == []
+    monkeypatch.setattr(prefill, "_LARGEST_GRAPH", 2 * chunk - 1)
+    read_tokens(model, tokens, chunk_tokens=chunk)
+    assert recordings == []
+    monkeypatch.setattr(prefill, "_LARGEST_GRAPH", 2 * chunk)
     assert read_tokens(model, tokens[:, 2 * chunk :], state=state, chunk_tokens=chunk) is state
     assert recordings == [(2, chunk)]
     assert int(state.get_seq_length()) == tokens.shape[1]
