@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrent state of a MesaNet inside transformers' caches: constant size, whatever the number of tokens."""
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -190,8 +192,13 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Allow in-place updates, which the tensors of a cache made under `inference_mode` forbid outside it."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        self._map_states(self._writable)
-        self.seen_tokens = self._writable(self.seen_tokens)
+        self.move(self._writable)
+
+    def move(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace all states and the counter by what `function` makes of them, which must be as large."""
+        self._map_states(function)
+        if self.seen_tokens is not None:
+            self.seen_tokens = function(self.seen_tokens)
 
     def _overwrite(self, states: dict[int, torch.Tensor], slot: int, state: torch.Tensor) -> None:
         stored = states[slot]
@@ -203,8 +210,8 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         writable.copy_(state.detach())
 
     @staticmethod
-    def _writable(stored: torch.Tensor | None) -> torch.Tensor | None:
-        if torch.compiler.is_compiling() or stored is None:
+    def _writable(stored: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
             return stored
         return stored.clone() if stored.is_inference() and not torch.is_inference_mode_enabled() else stored
 
@@ -286,6 +293,9 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if left < 0:
             tape, self.past, left = self.past, None, before + left
         if tape is None:  # nothing recorded, nothing to take back
+            return
+        if tape.take_back is not None:  # the next pass writes over this tape: none of it may stay in `past`
+            tape.take_back(left)
             return
         conv_states, recurrent_states = tape.states_after(left) if count else (None, None)
         tape.cut(left)

@@ -8,7 +8,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mesanet import CONV_K, CONV_Q, CONV_V, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .decode_graph import decode_graph, everything_is_watched, runs_more
+from .decode_graph import decode_graph, draft_reader, everything_is_watched, runs_more
 from .mesa import (
     PadOrder,
     SolverStats,
@@ -1076,8 +1076,11 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         """Whether `generate()` calls `get_compiled_call` for each token: where a CUDA graph is, with any cache."""
         if super()._valid_auto_compile_criteria(model_kwargs, generation_config):
             return True
-        usual = generation_config.compile_config is None and not generation_config.disable_compile
-        return usual and model_kwargs.get("past_key_values") is not None and decode_graph(self) is not None
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.compile_config is not None or generation_config.disable_compile or cache is None:
+            return False
+        # A draft's steps, of which some may be taken back, are remembered one by one.
+        return not cache.layers[0].record_past and decode_graph(self) is not None
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """What `generate()` calls for each token on a GPU.
@@ -1168,8 +1171,10 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
                 kwargs.pop("attention_mask", None)
         else:
             input_ids, kwargs = pads_first(input_ids, kwargs)
+        stock = super()._assisted_decoding.__func__
         try:
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
+            with nullcontext(self) if generation_config.disable_compile else draft_reader(self) as reader:
+                return stock(reader, input_ids, *args, **kwargs)
         finally:
             # transformers switches this on and leaves it: the user's cache would go on recording.
             if cache is not None:

@@ -8,6 +8,7 @@ any token, it gives the state after that token. No linear system is solved again
 Dimensions: B batch, T tokens, H heads, K key size, V value size, W convolution width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class StateTape:
         self.conv_states, self.recurrent_states, self.backend = conv_states, recurrent_states, backend
         self.pieces: list[Consumed] = []
         self.tokens = 0  # on the tape; counted, since there may be thousands of pieces of one token
+        # Of a tape that a CUDA graph writes anew at every pass: takes all but the first tokens back, in all layers.
+        self.take_back: Callable[[int], None] | None = None
 
     @torch.no_grad()
     def append(self, consumed: Consumed) -> None:
@@ -86,17 +89,29 @@ class StateTape:
         self.tokens += tape.tokens
 
     @torch.no_grad()
-    def states_after(self, tokens: int) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-        """Convolution and recurrent states after the first `tokens` tokens of the tape, in the form they came in."""
-        if tokens == 0:
+    def states_after(
+        self, tokens: int | torch.Tensor
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Convolution and recurrent states after the first `tokens` tokens of the tape, in the form they came in.
+
+        Of a tape without pads `tokens` may be a zero-dimensional tensor, whose value a CUDA graph reads anew.
+        """
+        if torch.is_tensor(tokens):
+            first = _masked(self._joined(), tokens)
+        elif tokens == 0:
             return self.conv_states, self.recurrent_states
-        first = _sliced(self._joined(), slice(tokens))
+        else:
+            first = _sliced(self._joined(), slice(tokens))
         memory = self.conv_states[0].shape[-1]
         pads = None if first.mask is None else PadOrder(first.mask, memory)
         conv_states = []
         for state, x in zip(self.conv_states, first.conv_inputs, strict=True):
             inputs = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)
-            conv_states.append((inputs if pads is None else pads.sort(inputs))[..., -memory:])
+            if torch.is_tensor(tokens):
+                remembered = inputs.index_select(-1, tokens + torch.arange(memory, device=tokens.device))
+            else:
+                remembered = (inputs if pads is None else pads.sort(inputs))[..., -memory:]
+            conv_states.append(remembered)
         state = mesa_states(
             first.k,
             first.v,
@@ -130,3 +145,10 @@ def _sliced(consumed: Consumed, tokens: slice, copy=lambda x: x) -> Consumed:
         [copy(x[:, tokens]) for x in consumed.conv_inputs],
         *(None if x is None else copy(x[:, tokens]) for x in consumed[1:]),
     )
+
+
+def _masked(consumed: Consumed, tokens: torch.Tensor) -> Consumed:
+    """`consumed` with all but the first `tokens` tokens made pads, which neither write nor forget."""
+    left = (torch.arange(consumed.k.shape[1], device=tokens.device) < tokens)[:, None]
+    zero = consumed.beta.new_zeros(())
+    return consumed._replace(log_gamma=consumed.log_gamma.where(left, zero), beta=consumed.beta.where(left, zero))

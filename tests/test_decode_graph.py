@@ -18,8 +18,8 @@ from small_models import random_ids
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 
-from modeling_mesanet import MesaNetForCausalLM, decode_graph, prefill, read_tokens
-from modeling_mesanet.decode_graph import GRAPHS, DecodeGraph, composition
+from modeling_mesanet import MesaNetForCausalLM, decode_graph, modeling_mesanet, prefill, read_tokens
+from modeling_mesanet.decode_graph import GRAPHS, DecodeGraph, DraftGraphs, DraftReader, composition, filled_length
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -28,29 +28,73 @@ CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 
 class FakeGraph:
-    """Replays by calling the model with the tensors that it was recorded for."""
+    """Replays by calling what it was captured from, and copying what that returns to where it lay.
 
-    def __init__(self, model, inputs: dict):
-        self.model, self.inputs, self.replays = model, inputs, 0
-        self.logits = None
+    `cache` is the one that it was captured with, whose states then lay in `states`, wherever they lie now.
+    """
+
+    def __init__(self, function):
+        self.function, self.replays = function, 0
+        self.cache, self.states, self.drafts = None, [], False
+        self.returned = function()
+        for tensor in tensors_of(self.returned):
+            tensor.fill_(torch.nan)  # nothing has been executed
 
     def replay(self) -> None:
         self.replays += 1
-        with decode_graph.counted_at_once(self.inputs["past_key_values"], self.inputs["input_ids"].shape[1]):
-            self.logits.copy_(self.model(**self.inputs).logits)
+        layers, states = self.cache.layers, iter(self.states)
+        now, recording = iter(states_of(self.cache)), [(layer._record_past, layer.tape) for layer in layers]
+        for layer in layers:
+            layer.move(lambda state: next(states))
+            layer._record_past, layer.tape = self.drafts, None
+        for stored, tensor in zip(tensors_of(self.returned), tensors_of(self.function()), strict=True):
+            stored.copy_(tensor)
+        for layer, before in zip(layers, recording, strict=True):
+            layer.move(lambda state: next(now))
+            layer._record_past, layer.tape = before
 
 
-def fake_record(model, case, inputs):
-    """As `decode_graph.record`, but nothing is captured."""
-    mask = decode_graph.last_column(inputs.get("attention_mask"))
-    own = {"input_ids": torch.zeros_like(inputs["input_ids"]), "attention_mask": None if mask is None else mask * 0}
-    constants = {name: inputs[name] for name in decode_graph.CONSTANTS if name in inputs}
-    graph = FakeGraph(model, own | constants | {"past_key_values": inputs["past_key_values"]})
-    graph.logits = torch.full(
-        (own["input_ids"].shape[0], 1, model.config.vocab_size), torch.nan, dtype=model.dtype, device=model.device
-    )
-    output = decode_graph.ModelOutput(logits=graph.logits)
-    return decode_graph.Recorded(case, graph, own["input_ids"], own["attention_mask"], output)
+def tensors_of(returned) -> list[torch.Tensor]:
+    """All in what is captured: logits, and tapes."""
+    if returned is None:
+        return []
+    output, tapes = returned
+    consumed = [(*tape.conv_states, *tape.recurrent_states, *tape.pieces[0].conv_inputs) for tape in tapes]
+    consumed += [tape.pieces[0][1:5] for tape in tapes]
+    return [output.logits, *(tensor for tensors in consumed for tensor in tensors)]
+
+
+def states_of(cache) -> list[torch.Tensor]:
+    states = []
+    for layer in cache.layers:
+        layer.move(lambda state: states.append(state) or state)
+    return states
+
+
+def assert_same_state(found, wanted) -> None:
+    for ours, theirs in zip(states_of(found), states_of(wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def fake_capture(function, device):
+    graph = FakeGraph(function)
+    return graph, graph.returned
+
+
+def without_effect(record):
+    """`record`, after which the states are what they were, though what is captured was executed."""
+
+    def recording(model, case, inputs):
+        states = states_of(inputs["past_key_values"])
+        before = [state.clone() for state in states]
+        recorded = record(model, case, inputs)
+        for state, value in zip(states, before, strict=True):
+            state.copy_(value)
+        for graph in [recorded.graph] + ([recorded.rewind.graph] if recorded.rewind else []):
+            graph.cache, graph.states, graph.drafts = inputs["past_key_values"], states, recorded.rewind is not None
+        return recorded
+
+    return recording
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -59,7 +103,8 @@ def device(request, monkeypatch) -> str:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return "cuda"
-    monkeypatch.setattr(decode_graph, "record", fake_record)
+    monkeypatch.setattr(decode_graph, "capture", fake_capture)
+    monkeypatch.setattr(decode_graph, "record", without_effect(decode_graph.record))
     monkeypatch.setattr(decode_graph, "runs_on_one_gpu", lambda model: True)
     usual = GenerationMixin._valid_auto_compile_criteria
 
@@ -85,6 +130,10 @@ def cache(request) -> dict:
 
 def ids(model, batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return random_ids(batch, length, seed=seed).to(model.device)
+
+
+def new_cache(model) -> DynamicCache:
+    return DynamicCache(config=model.config)
 
 
 def recorded(model):
@@ -222,17 +271,203 @@ def test_hooks_run_at_every_step(model):
     assert composition(model) is not None
 
 
-def test_drafts_and_beams_and_no_cache_go_without(model):
-    for options in ({"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {"use_cache": False}):
+def test_beams_and_no_cache_go_without(model):
+    for options in ({"num_beams": 2}, {"use_cache": False}):
         model.generate(ids(model, 1, 5), **GREEDY, **options)
         assert recorded(model) is None
+
+
+@pytest.fixture
+def readers(monkeypatch) -> list[DraftReader]:
+    """What has stood for a model in a loop over drafts."""
+    made = []
+
+    class Noted(DraftReader):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(decode_graph, "DraftReader", Noted)
+    return made
+
+
+@pytest.fixture
+def draft_graphs(model) -> DraftGraphs:
+    return DraftGraphs(model, composition(model), set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_drafts_are_taken_back(model, tokens):
+    graph, cache, kept = (
+        DecodeGraph(model, composition(model), tokens, drafts=True),
+        new_cache(model),
+        ids(model, 1, 5),
+    )
+    model(kept, past_key_values=cache)
+    cache.activate_past_recording()
+    for step, left in enumerate((tokens, 1, tokens - 1, 0, min(2, tokens), tokens)):
+        draft = ids(model, 1, tokens, seed=step)
+        found = graph(input_ids=draft, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(torch.cat([kept, draft], 1)).logits[:, -tokens:], rtol=1e-4, atol=1e-4)
+        cache.crop(left - tokens)
+        kept, expected = torch.cat([kept, draft[:, :left]], 1), new_cache(model)
+        model(kept, past_key_values=expected)
+        assert_same_state(cache, expected)
+        assert (graph.recorded is not None) == (step > 0)
+    # Once nothing is recorded any more, nothing can be taken back.
+    for layer in cache.layers:
+        layer.stop_recording()
+    with pytest.raises(RuntimeError, match="cannot be taken back"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize(
+    "drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=["lookup", "exit"]
+)
+def test_drafts_give_the_same_tokens(model, readers, drafts):
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    for prompt in (ids(model, 1, 7), ids(model, 1, 3).repeat(1, 4)):
+        expected = model.generate(prompt, return_dict_in_generate=True, **options, **PLAIN)
+        for _ in range(2):
+            found = model.generate(prompt, return_dict_in_generate=True, **options, **drafts)
+            assert torch.equal(found.sequences, expected.sequences)
+            assert_same_state(found.past_key_values, expected.past_key_values)
+            assert all(not layer.record_past for layer in found.past_key_values.layers)
+            assert any(graph.recorded for graph in readers[-1].graphs.graphs.values())
+    made = len(readers)
+    model.generate(prompt, **options, **drafts, **PLAIN)
+    model.model.layers[0].register_forward_hook(lambda *arguments: None)
+    assert torch.equal(model.generate(prompt, **options, **drafts), expected.sequences)
+    assert len(readers) == made
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_texts_share_the_graphs_of_drafts(model, mode, monkeypatch):
+    recordings, record = [], decode_graph.record
+
+    def recording(model, case, inputs):
+        recordings.append(case.kind)
+        return record(model, case, inputs)
+
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    prompts, kept = [ids(model, 1, length, seed=length).repeat(1, 2) for length in (3, 5, 9)], []
+    plain = [model.generate(prompt, **options, **PLAIN) for prompt in prompts]
+    with mode():
+        model.generate(prompts[0], **options, prompt_lookup_num_tokens=3)
+        monkeypatch.setattr(decode_graph, "record", recording)
+        for _ in range(2):
+            kept += [model.generate(prompt, **options, prompt_lookup_num_tokens=3) for prompt in prompts]
+    assert len(recordings) == len(set(recordings)) <= 2  # one token, or filled up to six
+    for found, expected in zip(kept, plain + plain, strict=True):  # also of a text that others followed
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_same_state(found.past_key_values, expected.past_key_values)
+    # Turn by turn, in a state of the caller's.
+    state, tokens = new_cache(model), prompts[0]
+    for turn in range(3):
+        tokens = torch.cat([tokens, ids(model, 1, 3, seed=turn)], 1)
+        expected = model.generate(tokens, **options, **PLAIN).sequences
+        tokens = model.generate(tokens, past_key_values=state, **options, prompt_lookup_num_tokens=3).sequences
+        assert torch.equal(tokens, expected)
+
+
+def test_a_text_within_a_text_does_without_graphs(model, readers):
+    """Such as one that a streamer asks for."""
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "prompt_lookup_num_tokens": 3}
+    outer, inner = ids(model, 1, 3).repeat(1, 2), ids(model, 1, 4).repeat(1, 2)
+    expected = [model.generate(prompt, **options, **PLAIN) for prompt in (outer, inner)]
+    found = []
+
+    class Asks:
+        def put(self, tokens):
+            found.append(model.generate(inner, **options))
+
+        def end(self):
+            pass
+
+    assert torch.equal(model.generate(outer, streamer=Asks(), **options), expected[0])
+    assert all(torch.equal(tokens, expected[1]) for tokens in found)
+    # The prompt is streamed, too, before its text is begun.
+    assert len(readers) == 2 < len(found)
+
+
+def test_few_graphs_of_drafts_are_kept(model, draft_graphs, monkeypatch):
+    monkeypatch.setattr(decode_graph, "MOST_DRAFT_GRAPHS", 2)
+    cache, prompt = new_cache(model), ids(model, 1, 5)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        cache.activate_past_recording()
+        reader = DraftReader(model, draft_graphs)
+        reader(input_ids=prompt, past_key_values=cache)
+        for tokens in (1, 7, 1, 3, 1, 4, 5):
+            cache.crop(0)
+            reader(input_ids=ids(model, 1, tokens), past_key_values=cache)
+    assert list(draft_graphs.graphs) == [1, 6]
+
+
+def test_drafts_are_filled_up_to_few_lengths():
+    assert [filled_length(tokens) for tokens in (1, 2, 6, 7, 11, 12, 21, 22)] == [1, 6, 6, 11, 11, 21, 21, 41]
+
+
+@torch.no_grad()
+def test_what_fills_a_draft_up_is_taken_back(model, draft_graphs):
+    reader, cache, kept = (
+        DraftReader(model, draft_graphs),
+        new_cache(model),
+        ids(model, 1, 5),
+    )
+    cache.activate_past_recording()
+    with pytest.raises(AttributeError):  # all but calls is the model's own
+        _ = reader.nothing
+    reader(input_ids=kept, past_key_values=cache)
+    cache.crop(0)
+    for step, (tokens, left) in enumerate(((3, 2), (3, 2), (4, 4), (6, 6), (6, 1), (1, 1), (1, 1), (2, 1), (8, 5))):
+        draft, expected = ids(model, 1, tokens, seed=step), new_cache(model)
+        found = reader(input_ids=draft, past_key_values=cache, logits_to_keep=tokens).logits
+        wanted = model(torch.cat([kept, draft], 1)).logits[:, -tokens:]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        cache.crop(left - tokens)
+        kept = torch.cat([kept, draft[:, :left]], 1)
+        model(kept, past_key_values=expected)
+        assert_same_state(cache, expected)
+    assert sorted(draft_graphs.graphs) == [1, 6, 11]
+    # Where more is asked for than a graph gives, drafts are not filled up.
+    hidden = reader(input_ids=draft, past_key_values=cache, output_hidden_states=True).hidden_states
+    assert hidden[0].shape[1] == draft.shape[1]
+
+
+def test_a_drafting_model_does_not_look_for_graphs(model, monkeypatch):
+    """It has none, and drafts few tokens a call."""
+    looked = []
+    for module in (modeling_mesanet, decode_graph):
+        monkeypatch.setattr(module, "decode_graph", lambda model: looked.append(model))
+    model.generate(ids(model, 1, 5), max_new_tokens=30, do_sample=False, pad_token_id=0, assistant_early_exit=1)
+    assert looked == [model]
+
+
+def test_a_state_made_in_inference_mode_goes_on_outside(model):
+    """Its tensors move when they are first written to."""
+    graph, tokens, states = DecodeGraph(model, composition(model)), ids(model, 2, 5), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        states.append(new_cache(model))
+        with mode():
+            model(tokens, past_key_values=states[-1])
+        with torch.no_grad():
+            for token in tokens.split(1, dim=1):
+                graph(input_ids=token, past_key_values=states[-1])
+    assert graph.recorded is not None
+    assert_same_state(*states)
 
 
 @torch.no_grad()
 def test_what_no_graph_is_made_for(model):
     graph = DecodeGraph(model, composition(model))
+    drafts, recording = DecodeGraph(model, composition(model), drafts=True), new_cache(model)
+    recording.activate_past_recording()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    model(ids(model, 2, 5), past_key_values=cache)
+    for used in (cache, recording):
+        model(ids(model, 2, 5), past_key_values=used)
+        used.crop(0)
     token = ids(model, 2, 1)
     for options in (
         {"output_hidden_states": True},
@@ -248,7 +483,9 @@ def test_what_no_graph_is_made_for(model):
         graph(input_ids=ids(model, 2, 2), past_key_values=cache)
         graph(input_ids=token, past_key_values=None)
         graph(input_ids=token, past_key_values=DynamicCache(config=model.config))
-    assert graph.recorded is None
+        graph(input_ids=token, past_key_values=recording)
+        drafts(input_ids=token, past_key_values=cache)
+    assert graph.recorded is drafts.recorded is None
     # What is off changes nothing.
     for _ in range(2):
         graph(input_ids=token, past_key_values=cache, output_hidden_states=False)
@@ -266,6 +503,29 @@ def test_a_step_that_cannot_be_recorded_runs_without(model, monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot be recorded as a CUDA graph \(RuntimeError: operation not"):
         tokens = model.generate(ids(model, 2, 5), **GREEDY)
     assert torch.equal(tokens, model.generate(ids(model, 2, 5), **GREEDY, **PLAIN))
+
+
+class Waits(torch.nn.Module):
+    """Reads a value from the device, which no graph may."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        x.sum().item()
+        return self.inner(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_random_numbers_after_a_step_that_cannot_be_recorded(model, device):
+    model.model.layers[0].mlp = Waits(model.model.layers[0].mlp)
+    with pytest.warns(
+        UserWarning, match="cannot be recorded as a CUDA graph .*not permitted when stream is capturing"
+    ):
+        samples = model.generate(ids(model, 2, 5), do_sample=True, max_new_tokens=NEW, pad_token_id=0)
+    assert samples.shape == (2, 5 + NEW)
 
 
 @torch.no_grad()
@@ -288,12 +548,7 @@ def test_chunks_of_a_long_text(model, chunk, monkeypatch):
     monkeypatch.setattr(prefill, "_LARGEST_GRAPH", 2 * chunk)
     assert read_tokens(model, tokens[:, 2 * chunk :], state=state, chunk_tokens=chunk) is state
     assert recordings == [(2, chunk)]
-    assert int(state.get_seq_length()) == tokens.shape[1]
-    for found, wanted in zip(state.layers, expected.layers, strict=True):
-        for kind in ("recurrent_states", "conv_states"):
-            for slot in (0, 1):
-                ours, theirs = getattr(found, kind)[slot], getattr(wanted, kind)[slot]
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_same_state(state, expected)
 
 
 def test_an_explicit_compile_config_is_followed(model, device, monkeypatch):
@@ -321,7 +576,7 @@ def test_neither_model_nor_cache_is_kept_alive(model, cache):
     assert recorded(other) is not None
     held = weakref.ref(other)
     if isinstance(recorded(other).graph, FakeGraph):
-        recorded(other).graph.model = recorded(other).graph.inputs = None  # the fake's own
+        recorded(other).graph.function = recorded(other).graph.cache = None  # the fake's own
     state = weakref.ref(output.past_key_values)
     del output, other
     gc.collect()

@@ -6,11 +6,10 @@
 
 Prints tables and writes them, with versions and revision, to `results/speculative_decoding.json`, on a GPU to
 `results/speculative_decoding_<GPU>.json`. Two things are measured. First `generate()` itself: plain, with prompt
-lookup (drafts copied from what stands before) and with early exit (drafts by the first layers); on a GPU, where drafts
-do without CUDA graphs, so does the plain one that they are compared with, and that with graphs comes last. Second what
-a step costs: a token read alone, and drafts of several lengths read at once with all but one taken back. The second
-tells what other drafts would bring: a step that reads n tokens and keeps m of them gains m times the first cost over
-the second.
+lookup (drafts copied from what stands before) and with early exit (drafts by the first layers); on a GPU, which reads
+by CUDA graphs, also without these. Second what a step costs: a token read alone, and drafts of several lengths read at
+once with all but one taken back. The second tells what other drafts would bring: a step that reads n tokens and keeps
+m of them gains m times the first cost over the second, if drafts and transformers' loop over them cost nothing.
 
 The bundled checkpoint's drafts are as good as they are in use: greedily it soon repeats itself, which prompt lookup
 finds; its early layers were not trained to write. A model of random weights repeats one token, so that its rows show
@@ -37,7 +36,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, DynamicCache
 
 from modeling_mesanet import MesaNetConfig, MesaNetForCausalLM, bundled_checkpoint
-from modeling_mesanet.decode_graph import decode_graph
+from modeling_mesanet.decode_graph import DecodeGraph, decode_graph
 from modeling_mesanet.files import write_json
 
 T = TypeVar("T")
@@ -66,13 +65,16 @@ def methods(model: MesaNetForCausalLM) -> dict[str, dict]:
     """Arguments of `generate` by name; first what the others are compared with."""
     layers = model.config.num_hidden_layers
     first = max(1, layers // 4)
-    return {
-        "greedy": {"disable_compile": True},
+    options = {
+        "greedy": {},
         "prompt lookup, 4 tokens": {"prompt_lookup_num_tokens": 4},
         "prompt lookup, 10 tokens": {"prompt_lookup_num_tokens": 10},
         f"early exit after {first} of {layers} layers": {"assistant_early_exit": first},
-        **({} if decode_graph(model) is None else {"greedy, by CUDA graphs": {}}),
     }
+    if decode_graph(model) is not None:
+        for name in ("greedy", "prompt lookup, 10 tokens"):
+            options[f"{name}, without CUDA graphs"] = options[name] | {"disable_compile": True}
+    return options
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
@@ -127,7 +129,7 @@ def generation_rows(model: MesaNetForCausalLM, prompts: list[torch.Tensor], new_
 @torch.no_grad()
 def step_rows(model: MesaNetForCausalLM, prompt: torch.Tensor, repeats: int) -> list[dict]:
     """What it costs to read n tokens at once, and n tokens of which all but one are taken back; medians."""
-    rows, device = [], prompt.device
+    rows, device, steps = [], prompt.device, decode_graph(model)
     for length in DRAFTS:
         tokens = prompt[:, :1].repeat(1, length)
         row = {"tokens": length}
@@ -136,9 +138,10 @@ def step_rows(model: MesaNetForCausalLM, prompt: torch.Tensor, repeats: int) -> 
             model(prompt, past_key_values=cache)
             if record:
                 cache.activate_past_recording()
+            read = model if steps is None else DecodeGraph(model, steps.made_of, length, drafts=record)
 
-            def step(cache=cache, record=record, tokens=tokens):
-                model(tokens, past_key_values=cache)
+            def step(read=read, cache=cache, record=record, tokens=tokens):
+                read(input_ids=tokens, past_key_values=cache)
                 if record:
                     cache.crop(1 - tokens.shape[1])
 
