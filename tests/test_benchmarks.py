@@ -321,6 +321,7 @@ def test_drafted_tokens_are_timed_and_compared(scripts, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "speculative_decoding.json").read_text(encoding="utf-8"))
     rows, steps = results["models"]["bundled"].values()
     assert all(row["same_tokens"] == row["tokens"] == 12 for row in rows)
+    assert all(row["logit_steps_apart"] is None for row in rows)
     assert (rows[0]["ratio"], rows[0]["tokens_per_step"]) == (1.0, 1.0)
     # Random weights repeat one token, which prompt lookup finds.
     assert rows[2]["tokens_per_step"] > 1.3
@@ -332,6 +333,16 @@ def test_drafted_tokens_are_timed_and_compared(scripts, tmp_path, monkeypatch):
     assert f"bundled, 1: {steps[0]['plain_ms']:.1f} ({steps[0]['rollback_ms']:.1f}), " in text
     assert "1 of the threads of " in text
     assert text.endswith("revision abc; from `kernels/benchmarks/speculative_decoding.py`.")
+    rows[1] |= {"same_tokens": 3, "logit_steps_apart": 1.0}
+    assert " | 3 of 12, then logits 1 steps of float32 apart |\n" in scripts.tables.speculative_decoding(results)
+    model, tokens = MesaNetForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
+    logits = model(tokens[:, :2]).logits[0, -1].detach()
+    other = torch.tensor([[1, 2, int(logits.argmax())]])
+    apart = speculative_decoding.distance(model, tokens, other)
+    assert apart == pytest.approx(
+        float((logits.max() - logits[3]) / (torch.nextafter(logits.max(), torch.tensor(torch.inf)) - logits.max()))
+    )
+    assert speculative_decoding.distance(model, other, other) == 0
 
 
 def test_int8_weights_are_weighed_scored_and_timed(scripts, tmp_path, monkeypatch):

@@ -73,9 +73,11 @@ def speculative_decoding(results: dict) -> str:
     costs = []
     for name, model in results["models"].items():
         for row in model["generation"]:
+            apart = row["logit_steps_apart"]
+            tie = "" if apart is None else f", then logits {apart:.2g} steps of {results['dtype']} apart"
             lines.append(
                 f"| {name} | {row['method']} | {row['tokens_per_second']:.1f} | {row['ratio']:.2f} | "
-                f"{row['tokens_per_step']:.2f} | {row['same_tokens']} of {row['tokens']} |"
+                f"{row['tokens_per_step']:.2f} | {row['same_tokens']} of {row['tokens']}{tie} |"
             )
         shown = [f"{row['tokens']}: {row['plain_ms']:.1f} ({row['rollback_ms']:.1f})" for row in model["steps"]]
         costs.append(f"{name}, {', '.join(shown)}")
@@ -491,8 +493,8 @@ def gpu_generation(results: dict) -> str:
     lines.append(
         f"Random {plan['dtype']} models of the same sizes (parameters: {sizes}), greedy, after {plan['prompt']} "
         f"tokens or the context named, {plan['new_tokens']} new tokens ({plan['eager_tokens']} where neither a CUDA "
-        "graph nor compiled), prefill not counted. Ours without CUDA graphs is what hooks, quantised weights and "
-        "drafts are left with (`generate(disable_compile=True)`)."
+        "graph nor compiled), prefill not counted. Ours without CUDA graphs is what hooks and quantised weights are "
+        "left with (`generate(disable_compile=True)`)."
         f"{warm} Logits are compared with those of an uncached pass first. "
         f"{results['gpu']}, driver {results['driver']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"transformers {versions['transformers']}, peer: flash-linear-attention {versions['flash-linear-attention']}; "

@@ -7,9 +7,11 @@
 Prints tables and writes them, with versions and revision, to `results/speculative_decoding.json`, on a GPU to
 `results/speculative_decoding_<GPU>.json`. Two things are measured. First `generate()` itself: plain, with prompt
 lookup (drafts copied from what stands before) and with early exit (drafts by the first layers); on a GPU, which reads
-by CUDA graphs, also without these. Second what a step costs: a token read alone, and drafts of several lengths read at
-once with all but one taken back. The second tells what other drafts would bring: a step that reads n tokens and keeps
-m of them gains m times the first cost over the second, if drafts and transformers' loop over them cost nothing.
+by CUDA graphs, also without these. Where the tokens are not the greedy ones, which may happen below float32, it tells
+how close the two tokens' logits were, in steps of their dtype. Second what a step costs: a token read alone, and
+drafts of several lengths read at once with all but one taken back. That tells what other drafts would bring: a step
+that reads n tokens and keeps m of them gains m times the first cost over the second, if drafts and transformers' loop
+over them cost nothing.
 
 The bundled checkpoint's drafts are as good as they are in use: greedily it soon repeats itself, which prompt lookup
 finds; its early layers were not trained to write. A model of random weights repeats one token, so that its rows show
@@ -88,11 +90,24 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
+@torch.no_grad()
+def distance(model: MesaNetForCausalLM, tokens: torch.Tensor, others: torch.Tensor) -> float:
+    """How far apart the logits of two next tokens are, in steps of their dtype; `others` are the same up to the last.
+
+    Args:
+        tokens, others: `[1, T]`.
+    """
+    logits = model(tokens[:, :-1], logits_to_keep=1).logits[0, -1]
+    pair = logits[[int(tokens[0, -1]), int(others[0, -1])]].double()
+    step = torch.finfo(logits.dtype).eps * 2 ** pair.abs().max().log2().floor()
+    return float((pair[0] - pair[1]).abs() / step)
+
+
 def generation_rows(model: MesaNetForCausalLM, prompts: list[torch.Tensor], new_tokens: int) -> list[dict]:
     """Each method on all prompts: tokens a second, tokens a step of the model, and how many are the greedy ones."""
     rows, greedy, layers = [], [], model.config.num_hidden_layers
     for name, options in track(methods(model).items(), description="generate"):
-        steps, spent, same = 0, 0.0, 0
+        steps, spent, same, distances = 0, 0.0, 0, []
 
         def count(*_):
             nonlocal steps
@@ -109,8 +124,11 @@ def generation_rows(model: MesaNetForCausalLM, prompts: list[torch.Tensor], new_
             spent += elapsed
             if len(greedy) == index:
                 greedy.append(output)
-            differ = (output != greedy[index])[0, prompt.shape[1] :].nonzero()
-            same += new_tokens if not differ.numel() else int(differ[0])
+            differ = (output != greedy[index])[0].nonzero()
+            if differ.numel():
+                first = int(differ[0])
+                distances.append(distance(model, greedy[index][:, : first + 1], output[:, : first + 1]))
+            same += (first if differ.numel() else output.shape[1]) - prompt.shape[1]
         total = new_tokens * len(prompts)
         rows.append(
             {
@@ -118,6 +136,7 @@ def generation_rows(model: MesaNetForCausalLM, prompts: list[torch.Tensor], new_
                 "tokens_per_second": total / spent,
                 "tokens_per_step": total / steps,
                 "same_tokens": same,
+                "logit_steps_apart": max(distances, default=None),
                 "tokens": total,
             }
         )
