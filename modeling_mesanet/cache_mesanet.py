@@ -308,6 +308,11 @@ class MesaNetCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         elif count:
             self.write(conv_states, recurrent_states, -count)
 
+    def take_back_unchecked(self) -> None:
+        """Take back what was recorded since the last `crop`: drafts that have not been compared."""
+        if self.tape is not None:
+            self.crop(-self.tape.tokens)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, copies side by side."""
         self._forget_tape()  # of the sequences as they were

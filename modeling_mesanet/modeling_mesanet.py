@@ -1174,7 +1174,13 @@ class MesaNetForCausalLM(MesaNetPreTrainedModel, GenerationMixin):
         stock = super()._assisted_decoding.__func__
         try:
             with nullcontext(self) if generation_config.disable_compile else draft_reader(self) as reader:
-                return stock(reader, input_ids, *args, **kwargs)
+                try:
+                    return stock(reader, input_ids, *args, **kwargs)
+                except BaseException:  # of a streamer, or the user's
+                    if cache is not None:
+                        for layer in cache.layers:
+                            layer.take_back_unchecked()
+                    raise
         finally:
             # transformers switches this on and leaves it: the user's cache would go on recording.
             if cache is not None:

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 from small_models import random_ids
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
 from transformers.generation import GenerationMixin
 
 from modeling_mesanet import MesaNetForCausalLM, decode_graph, modeling_mesanet, prefill, read_tokens
@@ -389,6 +389,41 @@ def test_a_text_within_a_text_does_without_graphs(model, readers):
     assert all(torch.equal(tokens, expected[1]) for tokens in found)
     # The prompt is streamed, too, before its text is begun.
     assert len(readers) == 2 < len(found)
+
+
+@pytest.mark.parametrize("options", [{}, PLAIN], ids=["graphs", "plain"])
+@pytest.mark.parametrize("written", [0, 6, 12])
+def test_what_is_interrupted_leaves_a_state_of_checked_tokens(model, options, written):
+    """Of the prompt and what was written, or, while the prompt is read, of what was there before."""
+    prompt, state = ids(model, 1, 4).repeat(1, 3), new_cache(model)
+    with torch.no_grad():
+        model(prompt[:, :5], past_key_values=state)
+
+    class Interrupts(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] >= prompt.shape[1] + written:
+                raise KeyboardInterrupt
+            return scores
+
+    model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=3)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(
+            prompt,
+            past_key_values=state,
+            logits_processor=[Interrupts()],
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=0,
+            prompt_lookup_num_tokens=3,
+            **options,
+        )
+    assert not any(layer.record_past for layer in state.layers)
+    text = model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, **PLAIN)
+    expected, length = new_cache(model), int(state.get_seq_length())
+    assert (length == 5) if written == 0 else (prompt.shape[1] <= length <= prompt.shape[1] + written)
+    with torch.no_grad():
+        model(text[:, :length], past_key_values=expected)
+    assert_same_state(state, expected)
 
 
 def test_few_graphs_of_drafts_are_kept(model, draft_graphs, monkeypatch):
