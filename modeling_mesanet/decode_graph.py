@@ -119,9 +119,12 @@ class DecodeGraph:
         return None if self.failed else case_of(self.model(), inputs, self.tokens, self.drafts)
 
     def __call__(self, **inputs: Any) -> ModelOutput:
-        model, case = self.model(), self.case(inputs)
-        if case is None:
-            return model(**inputs)
+        case = self.case(inputs)
+        return self.model()(**inputs) if case is None else self.run(case, inputs)
+
+    def run(self, case: Case, inputs: dict) -> ModelOutput:
+        """`model(**inputs)`, of which `case` is the case."""
+        model = self.model()
         if self.recorded is None or case != self.recorded.case:
             if case.kind not in self.kinds:
                 self.kinds.add(case.kind)
@@ -180,7 +183,7 @@ class DraftGraphs:
         if self.states and self.states[0].is_inference() != torch.is_inference_mode_enabled():
             self.states.clear()
         if not self.states:
-            move_states(cache, lambda state: self.states.append(state.clone()) or state)
+            move_states(cache, lambda state: self.states.append(torch.empty_like(state)) or state)
         places = iter(self.states)
         move_states(cache, lambda state: next(places).copy_(state))
 
@@ -219,12 +222,13 @@ class DraftReader:
             "position_ids": None,
             "logits_to_keep": 0,
         }
-        if graph.case(filled) is None:
+        case = graph.case(filled)
+        if case is None:
             return self.model(**inputs)
         if self.moved_in is None:
             self.graphs.move_in(cache)
-            self.moved_in = cache
-        output = graph(**filled)
+            self.moved_in, case = cache, graph.case(filled)
+        output = graph.run(case, filled)
         output.logits = output.logits[:, :tokens]
         if cache.layers[0].tape.take_back is not None:
             for layer in cache.layers:
@@ -443,16 +447,16 @@ def composition(model: nn.Module) -> tuple | None:
 
 def is_setting(name: str, value: Any) -> bool:
     """Whether a module's attribute is a setting, such as the adapters in use."""
-    return name not in INTERNALS and is_plain(value)
+    return name not in INTERNALS and is_literal(value)
 
 
-def is_plain(value: Any) -> bool:
+def is_literal(value: Any) -> bool:
     """Whether `value` is a number, a name, None, or a container of such."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return True
     if isinstance(value, dict):
-        return is_plain([*value, *value.values()])
-    return isinstance(value, (list, tuple, set)) and all(map(is_plain, value))
+        return is_literal([*value, *value.values()])
+    return isinstance(value, (list, tuple, set)) and all(map(is_literal, value))
 
 
 def everything_is_watched() -> bool:
