@@ -684,6 +684,8 @@ def main(
         else:
             bits = content["validation"]["eval_bits_per_byte"]
             print(f"novels_valid: {bits:.4f} bits per byte; the model is in {output_dir / 'final'}")
+    # A process that ends as a member of a group may be aborted by the group's own threads, after all its work.
+    accelerate.PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

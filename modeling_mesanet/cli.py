@@ -632,6 +632,10 @@ def _evaluation(context: typer.Context) -> Iterator[None]:
             yield
         except UsageError as error:
             raise UserError(str(error)) from error
+        # A process that ends as a member of a group may be aborted by the group's own threads, after all its work.
+        # Not where an error is on its way: the others may never come to leave the group, and would be waited for.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

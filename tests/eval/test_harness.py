@@ -253,7 +253,10 @@ def launched(folder: Path, arguments: list) -> str:
         "import sys, torch\n"
         "torch.cuda.device_count = lambda: 2  # lm-eval shares documents out where it counts several GPUs\n"
         "from modeling_mesanet.cli import app\n"
-        "app(sys.argv[1:])\n"
+        "try:\n"
+        "    app(sys.argv[1:])\n"
+        "finally:  # or some processes would be aborted at their very end\n"
+        "    assert not torch.distributed.is_initialized()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", program, *arguments]
     variables = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
