@@ -13,12 +13,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (keeping its suffix) that becomes `path` when the block ends without an error."""
-    path = Path(path)
+    """A temporary name beside `path` (keeping its suffix) that becomes `path` when the block ends without an error.
+
+    As when a file is opened for writing, a link goes on to be one, and a file that was there keeps its permissions.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        if path.exists() and path.stat().st_mode != temporary.stat().st_mode:
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

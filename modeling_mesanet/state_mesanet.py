@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .cache_mesanet import RECURRENT_G, RECURRENT_H, MesaNetCacheLayer, cached_length, upgrade_cache
 from .configuration_mesanet import MesaNetConfig
-from .files import give_usual_permissions
+from .files import give_usual_permissions, replacing
 from .loading import one_line
 from .modeling_mesanet import MesaNetModel
 
@@ -93,7 +93,7 @@ def save_state(
 
     Args:
         cache: a used cache of `model`, of any number of sequences, on any device.
-        path: the file; its folder must exist, and an older file is replaced.
+        path: the file; its folder must exist, and an older file is replaced, but keeps its permissions.
         model: what the state was made by; its weights are read once, for their fingerprint.
         tokenizer: what the tokens were made by; then `load_state` can refuse another one.
         argument: what to call `path` in messages.
@@ -123,18 +123,16 @@ def save_state(
     ).checked(tensors.items())
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     metadata |= {name: json.dumps(value) for name, value in info._asdict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        give_usual_permissions(temporary)
-        os.replace(temporary, path)
+        path.parent.stat()  # a folder that is missing may be a mistake in its name, so it is not made
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+            give_usual_permissions(temporary)
     except (SafetensorError, OSError) as error:
         raise StateError(
             f"{argument} is '{path}', which cannot be written ({one_line(error)}); give a file in a folder that "
             "exists and has room."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return info
 
 

@@ -4,6 +4,7 @@
 import copy
 import json
 import re
+import stat
 from functools import partial, wraps
 
 import pytest
@@ -310,13 +311,26 @@ def test_what_cannot_be_saved_leaves_the_old_file(make, tmp_path, monkeypatch):
 def test_a_state_file_can_be_shared(make, tmp_path):
     """It has the permissions of any new file: safetensors makes files that their owner alone may read."""
     model = make()
-    with torch.no_grad():
-        cache = model(random_ids(1, 3), use_cache=True).past_key_values
+    cache = model(random_ids(1, 3), use_cache=True).past_key_values
     save_state(cache, tmp_path / "state", model=model)
     (tmp_path / "any").touch()
     assert (tmp_path / "state").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
+@torch.no_grad()
+def test_a_state_file_that_was_made_private_stays_so(make, tmp_path):
+    """And a link to it stays a link."""
+    model = make()
+    cache = model(random_ids(1, 3), use_cache=True).past_key_values
+    (tmp_path / "state").touch(mode=0o600)
+    (tmp_path / "link").symlink_to("state")
+    save_state(cache, tmp_path / "link", model=model)
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o600
+    assert_equal(load_state(tmp_path / "state", model=model), cache)
+
+
+@torch.no_grad()
 def test_forks_are_independent(model):
     cache = filled(model, 2)
     before = copy.deepcopy(cache)
