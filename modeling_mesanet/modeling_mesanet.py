@@ -95,13 +95,13 @@ class MesaNetRMSNorm(nn.Module):
     Computed in float32 (or float64).
     """
 
-    def __init__(self, size: int, eps: float, backend: str = "auto"):
+    def __init__(self, config: MesaNetConfig, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.backend = eps, backend
+        self.config, self.eps = config, eps
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return head_norm(x, self.weight, self.eps, gate, self.backend)
+        return head_norm(x, self.weight, self.eps, gate, self.config.kernel_backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -123,9 +123,9 @@ class MesaNetScaledEmbedding(nn.Embedding):
 class MesaNetShortConvolution(nn.Conv1d):
     """Causal depthwise convolution over time with SiLU, carrying its last W - 1 inputs from call to call."""
 
-    def __init__(self, channels: int, kernel_size: int, backend: str = "auto"):
-        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
-        self.backend = backend
+    def __init__(self, config: MesaNetConfig, channels: int):
+        super().__init__(channels, channels, config.conv_kernel_size, groups=channels, bias=False)
+        self.config = config
 
     def forward(
         self,
@@ -143,14 +143,14 @@ class MesaNetShortConvolution(nn.Conv1d):
         Returns:
             `[B, T, channels]` and the state after the last token.
         """
-        weight = self.weight.squeeze(1)
+        weight, backend = self.weight.squeeze(1), self.config.kernel_backend
         if pads is None:
-            return short_convolution(x, weight, state, cu_seqlens, self.backend)
+            return short_convolution(x, weight, state, cu_seqlens, backend)
         memory = weight.shape[1] - 1
         state = x.new_zeros(x.shape[0], x.shape[2], memory) if state is None else state.to(x.dtype)
         inputs = pads.sort(torch.cat([state, x.transpose(1, 2)], dim=-1))
         tokens, state = inputs[..., memory:].transpose(1, 2), inputs[..., :memory]
-        y, state = short_convolution(tokens, weight, state, backend=self.backend)
+        y, state = short_convolution(tokens, weight, state, backend=backend)
         return pads.restore(y.transpose(1, 2)).transpose(1, 2), state
 
 
@@ -226,17 +226,13 @@ class MesaNetMixer(nn.Module):
         self.output_gate_proj = (
             nn.Linear(config.hidden_size, value_channels, bias=False) if config.use_output_gate else None
         )
-        self.q_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size, config.kernel_backend)
-        self.k_conv = MesaNetShortConvolution(key_channels, config.conv_kernel_size, config.kernel_backend)
-        self.v_conv = (
-            MesaNetShortConvolution(value_channels, config.conv_kernel_size, config.kernel_backend)
-            if config.conv_on_value
-            else None
-        )
+        self.q_conv = MesaNetShortConvolution(config, key_channels)
+        self.k_conv = MesaNetShortConvolution(config, key_channels)
+        self.v_conv = MesaNetShortConvolution(config, value_channels) if config.conv_on_value else None
         self.beta_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.gamma_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.lambda_param = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
-        self.o_norm = MesaNetRMSNorm(self.value_head_dim, config.effective_head_norm_eps, config.kernel_backend)
+        self.o_norm = MesaNetRMSNorm(config, self.value_head_dim, config.effective_head_norm_eps)
         self.o_proj = nn.Linear(value_channels, config.hidden_size, bias=False)
         self.o_proj.writes_to_residual_stream = True
 
@@ -617,9 +613,9 @@ class MesaNetDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MesaNetConfig, layer_idx: int):
         super().__init__()
-        self.mixer_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
+        self.mixer_norm = MesaNetRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.mixer = MesaNetMixer(config, layer_idx)
-        self.mlp_norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
+        self.mlp_norm = MesaNetRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.mlp = MesaNetMLP(config)
 
     def forward(
@@ -817,7 +813,7 @@ class MesaNetModel(MesaNetPreTrainedModel):
             config.vocab_size, config.hidden_size, config.effective_embedding_scale
         )
         self.layers = nn.ModuleList(MesaNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = MesaNetRMSNorm(config.hidden_size, config.rms_norm_eps, config.kernel_backend)
+        self.norm = MesaNetRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         # What `solver()` sets while its block runs.
         self.solver_limits: dict[str, float | int | None] = {}

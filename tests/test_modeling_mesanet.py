@@ -188,6 +188,26 @@ def test_chunk_size_and_batch_do_not_change_results(tiny_model):
     torch.testing.assert_close(one_by_one, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_backend_chosen_later_is_that_of_every_operator(tiny_model, monkeypatch):
+    """So that what is wrong with the kernels can be looked for in a model that is there."""
+    model, chosen = tiny_model(use_output_gate=True), {}
+    for name in ("short_convolution", "gates", "head_norm", "mesa_attention"):
+        operator = getattr(modeling_mesanet, name)
+
+        def noted(*arguments, operator=operator, **options):
+            given = inspect.signature(operator).bind(*arguments, **options).arguments
+            chosen.setdefault(operator.__name__, set()).add(given["backend"])
+            return operator(*arguments, **options)
+
+        monkeypatch.setattr(modeling_mesanet, name, noted)
+    for backend in ("auto", "torch"):
+        chosen.clear()
+        model.config.kernel_backend = backend
+        model(random_ids(1, 5)).logits.sum().backward()
+        assert len(chosen) == 4
+        assert set.union(*chosen.values()) == {backend}
+
+
 def test_soft_cap_bounds_the_logits(tiny_model):
     model = tiny_model(tie_word_embeddings=False, logit_soft_cap=5.0)
     with torch.no_grad():
